@@ -18,6 +18,7 @@ if linux_cpu.load_openblas() == "too late":  # must run before anything imports 
 
 if TYPE_CHECKING:
     from troupe.errors import TroupeError
+    from troupe.records.diagnosis.past import diagnose
     from troupe.rewards import RewardActor, RewardSample
     from troupe.run.config import RunConfig, load_config
     from troupe.run.evaluate import generate_and_score
@@ -36,6 +37,7 @@ __all__ = [
     "RunResult",
     "Supervisor",
     "TroupeError",
+    "diagnose",
     "generate_and_score",
     "load_config",
     "train",
@@ -48,6 +50,7 @@ _HOMES = {
     "RunResult": "run.result",
     "Supervisor": "run.supervisor",
     "TroupeError": "errors",
+    "diagnose": "records.diagnosis.past",
     "generate_and_score": "run.evaluate",
     "load_config": "run.config",
     "train": "run.supervisor",

@@ -16,7 +16,7 @@ from troupe.records.compare.listing import ListedRun
 
 
 def run(*arguments: object, code: int = 0, columns: int | None = None) -> str:
-    env = {} if columns is None else {"COLUMNS": str(columns)}
+    env = {"COLUMNS": None if columns is None else str(columns)}
     result = CliRunner().invoke(main, ["runs", *map(str, arguments)], env=env)
     assert result.exit_code == code, result.output
     return result.output

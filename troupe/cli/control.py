@@ -9,7 +9,7 @@ import shlex
 import signal
 import sys
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import anyio
@@ -17,7 +17,7 @@ import click
 import msgspec
 
 from troupe.cli.commands import Command, Number, fail, report_errors
-from troupe.cli.status import describe, row
+from troupe.cli.status import describe, describe_trend, row
 from troupe.daemon.control.place import read_address
 from troupe.daemon.control.protocol import NobodyThereError, Reply, Request, ask, encode_line
 from troupe.daemon.main import keep_alive
@@ -36,7 +36,10 @@ from troupe.messages import (
     Step,
     Stop,
 )
+from troupe.records.diagnosis import in_full
+from troupe.records.diagnosis.past import diagnose
 from troupe.records.standing import describe_standing, read_standing, silence_of
+from troupe.records.trend import Trend, stored_rewards, trend_of
 from troupe.run.tables import anchored_reward, parse_setting
 from troupe.runtime.lock import read_owner
 from troupe.runtime.machine import unusable_backend
@@ -132,7 +135,8 @@ def status(folder: Path, watch: bool, interval: float, as_json: bool) -> None:
             if as_json:
                 tell_json(msgspec.json.encode(found).decode())
             else:
-                tell(f"{folder}: {describe_standing(found)}")
+                tell("\n".join([f"{folder}: {describe_standing(found)}", *describe_trend(*_trend(folder))]))
+                _tell_findings(folder)
         if not watch or not goes_on:
             return
         time.sleep(interval)
@@ -151,9 +155,23 @@ def _show(found: Reply, folder: Path, *, as_json: bool, clear: bool) -> None:
         return
     if clear:
         click.clear()  # on a terminal
-    tell(describe(found, str(folder)))
+    trend, encoding = _trend(folder)
+    tell(describe(found, str(folder), trend=trend, encoding=encoding))
     if (address := read_address(folder)) is not None:
         tell(row("live page", address))
+
+
+def _trend(folder: Path) -> tuple[Trend, str]:
+    """The way of the reward so far, and the encoding of what is printed."""
+    return trend_of(stored_rewards(folder)), sys.stdout.encoding or "utf-8"
+
+
+def _tell_findings(folder: Path) -> None:
+    """Of a run that does not answer, as far as its steps can be read."""
+    with suppress(InputError):
+        for finding in diagnose(folder):
+            if finding.until is None:
+                tell(row("diagnosis", in_full(finding)))
 
 
 def _add_request(name: str, request: Request, text: str) -> None:

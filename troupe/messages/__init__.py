@@ -23,8 +23,10 @@ from troupe.messages.control import (
     Step,
     Stop,
 )
+from troupe.messages.curriculum import CurriculumState, Pool, RowRecord, StepRows
 from troupe.messages.episodes import Answer, ChatMessage, Episode, ToolCall, Turn
 from troupe.messages.evaluations import Evaluated, EvaluatedRow, EvaluatedSample
+from troupe.messages.findings import Finding
 from troupe.messages.groups import (
     FinishReason,
     Prompt,
@@ -64,12 +66,14 @@ __all__ = [
     "Checkpoint",
     "CheckpointWritten",
     "ClosedState",
+    "CurriculumState",
     "Done",
     "Drain",
     "Episode",
     "Evaluated",
     "EvaluatedRow",
     "EvaluatedSample",
+    "Finding",
     "FinishReason",
     "GetStatus",
     "GroupClosed",
@@ -84,6 +88,7 @@ __all__ = [
     "Past",
     "Pause",
     "Phase",
+    "Pool",
     "Prompt",
     "PromptText",
     "Refused",
@@ -93,6 +98,7 @@ __all__ = [
     "Resume",
     "Rollout",
     "RolloutGroup",
+    "RowRecord",
     "RowStart",
     "ScoredGroup",
     "Set",
@@ -105,6 +111,7 @@ __all__ = [
     "SpanKind",
     "Status",
     "Step",
+    "StepRows",
     "Stop",
     "TokenFigures",
     "ToolCall",

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from troupe.messages.curriculum import CurriculumState
+from troupe.messages.findings import Finding
 from troupe.messages.groups import ScoredGroup, Slot
 
 ClosedState = Literal["trained", "filtered", "stale", "quarantined"]
@@ -31,6 +33,8 @@ class Update(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Batches that the whole run will have."""
     metrics: dict[str, float]
     """Every metric of the step, under TRL's names where TRL has them."""
+    findings: tuple[Finding, ...] = ()
+    """What the figures so far say is wrong, the most serious first. Metrics adds them."""
 
 
 class OpenGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -95,6 +99,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     metrics: Mapping[str, float] = {}
     """Mean of every metric over the steps since the snapshot before; empty where there was none."""
     unfinished: Unfinished = Unfinished()
+    curriculum: CurriculumState | None = None
+    """Where rows are chosen by what came of them."""
     final: bool = False
     """Whether the run ends here, so that the plain model folder `final/` is written too."""
 

@@ -16,11 +16,13 @@ from troupe.actors.metrics import Tally
 from troupe.checkpoint import MANIFEST, Made, RewardState, RunState, checkpoint_folder, newer_versions
 from troupe.messages import CheckpointWritten, Snapshot
 from troupe.policy import RolloutEngine, Weights
+from troupe.records.diagnosis.past import begin_again
 from troupe.records.sinks.base import RunInfo, Sink
 from troupe.records.sinks.make import make_sinks
 from troupe.records.sinks.sinks import Sinks
 from troupe.records.sinks.thread import SinkThread
 from troupe.records.sinks.trace import TraceWriter
+from troupe.records.trend import stored_rewards
 from troupe.run.cluster import OpenNetwork, open_network
 from troupe.run.config import config_table
 from troupe.run.prepare import Prepared, prepare
@@ -32,13 +34,15 @@ from troupe.runtime.mailbox import Mailbox
 
 def sinks_of(prepared: Prepared) -> list[Sink]:
     """The sinks that the config names."""
+    first_step = prepared.start.first_step
     run = RunInfo(
         name=prepared.folder.name,
         folder=str(prepared.folder),
         total_steps=prepared.inputs.total_steps,
-        first_step=prepared.start.first_step,
+        first_step=first_step,
         program=VERSION,
         machine=describe_machine() if "sqlite" in prepared.config.metrics.sinks else "",
+        past=stored_rewards(prepared.folder, first_step) if first_step else (),
         config=config_table(prepared.config),
     )
     return make_sinks(prepared.config.metrics, run, {"trace": lambda: TraceWriter(prepared.folder / "trace.json")})
@@ -81,7 +85,8 @@ class Ledgers:
             None if prepared.inputs.acting_setup is None else prepared.inputs.acting_setup.conversations()
         )
         """What was said in the episodes that are under way, where the policy acts."""
-        self.tally = Tally()
+        table, first = config_table(config), prepared.start.first_step
+        self.tally = Tally(diagnosis=begin_again(table, prepared.folder, first))
         self.sinks = Sinks(
             factories.sinks(prepared),
             timeout_s=config.metrics.sink_timeout_s,

@@ -133,6 +133,7 @@ class LiveRun:
             activity=None if self._ended.is_set() else self._activity(now_s),
             notice=self.notice,
             members=tuple(members_of(pipeline.roles)),
+            findings=pipeline.ledgers.tally.diagnosis.findings,
         )
 
     def _activity(self, now_s: float) -> Activity | None:
@@ -303,6 +304,7 @@ class LiveRun:
             closed_groups=dict(tally.closed_groups),
             incidents=dict(tally.incidents),
             switched_off_sinks=dict(tally.switched_off_sinks),
+            findings=tally.diagnosis.all_findings,
             accuracy_before=before.accuracy if before else None,
             accuracy_after=after.accuracy if after else None,
             rewards_before=before.scored if before else {},

@@ -5,6 +5,7 @@ from pathlib import Path
 import msgspec
 
 from troupe.errors import OutputError
+from troupe.messages import Finding
 from troupe.records.layout import SUMMARY
 from troupe.runtime.files import drafted
 
@@ -25,6 +26,8 @@ class RunResult(msgspec.Struct, frozen=True, kw_only=True):
     incidents: dict[str, int]
     """Incidents of this start by kind."""
     switched_off_sinks: dict[str, str]
+    findings: tuple[Finding, ...] = ()
+    """What the figures say is wrong with the run; those that are over by now (`until`) come last."""
     accuracy_before: float | None = None
     """Share of held-out rows that the untrained policy, decoding greedily, answers exactly; None without such rows."""
     accuracy_after: float | None = None

@@ -36,6 +36,20 @@ def one_line(text: str, encoding: str = "utf-8") -> str:
     return text.encode(encoding, errors="backslashreplace").decode(encoding, errors="replace")
 
 
+def can_write(text: str, encoding: str) -> bool:
+    """Whether an encoding has every letter of a text."""
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def arrows(text: str, encoding: str) -> str:
+    """The text, with -> for → where an encoding lacks that."""
+    return text if can_write("→", encoding) else text.replace("→", "->")
+
+
 def safe_json(text: str) -> str:
     """JSON that means the same, and in which nothing acts."""
     return _IN_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", text)

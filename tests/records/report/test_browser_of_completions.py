@@ -14,10 +14,11 @@ import anyio.from_thread
 import msgspec
 import pytest
 
-from tests.daemon.page.test_live_page import Tab, browser_program, playwright
+from tests.daemon.page.test_live_page import Tab
 from tests.daemon.page.test_server import FakeDaemon
 from tests.records.report.folders import make_run
 from tests.records.report.test_page import HOSTILE
+from tests.support.browsers import a_browser
 from tests.support.many import make_many
 from tests.support.stored import acted, closed, update
 from tests.support.tiny import write_tiny_model
@@ -37,11 +38,8 @@ NASTY = " ".join(HOSTILE)
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    program = browser_program()
-    with playwright().sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield browser
-        browser.close()
+    with a_browser() as opened:
+        yield opened
 
 
 def said(step: int, tokenizer: Tokenizer, texts: tuple[str, ...]) -> GroupClosed:
@@ -232,16 +230,14 @@ def _save(tab: Tab) -> None:
 def test_hostile_text_does_nothing_and_all_fits_a_telephone(tmp_path: Path, browser: Any, served: Any) -> None:
     make_said(tmp_path)
     tab = Tab(browser.new_context(viewport={"width": 390, "height": 800}, color_scheme="dark").new_page())
-    tab.page.on("dialog", lambda dialog: tab.errors.append(dialog.message))
     tab.page.goto(served(tmp_path))
     tab.page.click("#past summary")
     fill(tab, "from step", "3")
     found(tab, "7 found")
     for place in range(7):
-        tab.page.locator(".listed .line").nth(place).click()
-        tab.see(
-            lambda place=place: tab.page.locator(".listed .line").nth(place).get_attribute("aria-selected") == "true"
-        )
+        line = tab.page.locator(".listed .line").nth(place)
+        line.click()
+        assert line.get_attribute("aria-selected") == "true"
         opened(tab, f"sample {place if place < 3 else place - 3}")
         if place == 0:
             assert "</script><script>alert(1)</script>" in tab.text(".opened")

@@ -43,7 +43,10 @@ def test_the_figures_are_those_of_the_lines(tmp_path: Path) -> None:
     make_run(tmp_path, 5)
     data = page_of(tmp_path).data
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert data["x"] == [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    [axes] = data["axes"]
+    assert axes["step"] == [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert axes["time"] == [2.0, 4.0, 6.0, 8.0, 10.0]
+    assert axes["tokens"] == [100, 200, 300, 400, 500]
     drawn = {chart["title"]: chart for chart in data["charts"]}
     for title, metric in {
         "Loss": "loss",
@@ -123,7 +126,7 @@ def test_starts_checkpoints_incidents_changes(tmp_path: Path) -> None:
     assert f"12.3 MB 250 ms {tmp_path}" in text
     assert "2 learner.lr 1e-05" in text
     [mark] = page.data["marks"]
-    assert mark["x"] == 2
+    assert (mark["step"], mark["time"], mark["tokens"]) == (2, 4.0, 200.0)
     assert mark["label"].startswith("start 2, ")
 
 
@@ -273,7 +276,7 @@ def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
     for _, attributes in page.tags:
         assert not {"src", "href", "action", "srcset"} & set(attributes)
         assert not any(name.startswith("on") for name in attributes)
-    assert set(re.findall(r"https?://[\w.]+", text)) == {"http://www.w3.org"}  # the name of SVG
+    assert not re.search("https?:", text)
     assert not re.search(r"url\(|@import|fetch\(|XMLHttpRequest|WebSocket", text)
 
 
@@ -296,7 +299,7 @@ def test_a_run_of_a_hundred_thousand_steps_makes_a_small_page(tmp_path: Path) ->
         for step in range(1, 1001):
             file.write(b'{"step":%d,' % step + parts[step % 100][1:] + b"\n")
     text = report_page(read_run(tmp_path))
-    assert len(Page(text).data["x"]) == 1000
+    assert len(Page(text).data["axes"][0]["step"]) == 1000
     assert len(text) < 1_500_000
 
 

@@ -27,21 +27,23 @@ from troupe.daemon.page.history import Event, History
 from troupe.errors import ConfigError
 from troupe.messages import Checkpoint, Drain, Pause, Refused, Resume, Status, Step, Stop
 from troupe.records.figures import live_charts
-from troupe.records.report.static import read_asset, script_safe
+from troupe.records.report.static import (
+    BROWSER_SCRIPTS,
+    BROWSER_STYLES,
+    CHART_SCRIPTS,
+    CHART_STYLES,
+    read_asset,
+    script_safe,
+)
 from troupe.records.sinks.prometheus import CONTENT_TYPE, exposition
 from troupe.runtime.http import HOST, HttpLimits, HttpRequest, HttpResponse, HttpServer, RefusedError
 
 _FILES = {
     "": ("live.html", "text/html; charset=utf-8"),
-    "style.css": ("style.css", "text/css; charset=utf-8"),
-    "live.css": ("live.css", "text/css; charset=utf-8"),
-    "completions.css": ("completions.css", "text/css; charset=utf-8"),
+    **{Path(name).name: (name, "text/css; charset=utf-8") for name in (*CHART_STYLES, "live.css", *BROWSER_STYLES)},
     **{
-        f"{name}.js": (f"{name}.js", "text/javascript; charset=utf-8")
-        for name in (
-            *("format", "charts", "conversation", "difference", "completion", "completions", "served"),
-            *("show", "members", "live", "buttons"),
-        )
+        Path(name).name: (name, "text/javascript; charset=utf-8")
+        for name in (*CHART_SCRIPTS, *BROWSER_SCRIPTS, "served.js", "show.js", "members.js", "live.js", "buttons.js")
     },
 }
 _ASSETS = Path(__file__).with_name("assets")

@@ -4,7 +4,7 @@ Of each run little is read, so that hundreds take a second; whatever is damaged 
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,11 @@ def find_runs(folder: Path) -> Iterator[Path]:
         yield from _found(folder, _DEEPEST)
     except OSError as error:
         raise InputError(f"{folder}: the folder cannot be read: {error}") from None
+
+
+def runs_meant(folders: Sequence[Path]) -> list[Path]:
+    """The runs that are meant by these folders: one that is no run, but that runs lie in, stands for all of them."""
+    return [run for folder in folders for run in (list(find_runs(folder)) if folder.is_dir() else []) or [folder]]
 
 
 def _found(folder: Path, deeper: int) -> Iterator[Path]:

@@ -11,9 +11,10 @@ from typing import Any, Literal
 import msgspec
 
 from troupe.errors import InputError, OutputError
-from troupe.messages import Phase, Status
+from troupe.messages import Finding, Phase, Status
 from troupe.records.browse import part_of
 from troupe.records.curves import Thinned, Thinner
+from troupe.records.diagnosis import Diagnosis
 from troupe.records.layout import CHANGES, METRICS, RUN_TOML, STORE
 from troupe.records.report.run_time import RunTime
 from troupe.records.sinks.jsonl import decode_step
@@ -115,6 +116,8 @@ class RunPicture(msgspec.Struct, frozen=True, kw_only=True):
     evaluated: tuple[Evaluated, ...]
     notes: tuple[str, ...]
     """What could not be read, and why."""
+    findings: tuple[Finding, ...] = ()
+    """What the figures say is wrong; those that are over come last."""
 
     def values(self, name: str) -> list[float]:
         """What is known of a metric, in order: of each step, or of the steps of each point."""
@@ -130,12 +133,14 @@ def read_run(folder: Path, status: Status | None = None, notes: Sequence[str] = 
     fate = read_standing(folder)
     notes = list(notes)
     config, config_text = _config(folder, notes)
-    stored, metrics, seconds = _stored(folder, notes)
+    diagnosis = Diagnosis(config)
+    stored, metrics, seconds = _stored(folder, notes, diagnosis)
     lines = folder / METRICS
     if (not metrics.steps or metrics.steps[0] > metrics.steps_a_point) and lines.is_file():  # none, or not from step 1
-        told = _from_lines(lines, notes)
+        of_lines = Diagnosis(config)
+        told = _from_lines(lines, notes, of_lines)
         if told.steps and (not metrics.steps or told.steps[-1] >= metrics.steps[-1]):
-            metrics = told
+            metrics, diagnosis = told, of_lines
     summary = read_summary(folder) or Summary()
     newest = metrics.steps[-1] if metrics.steps else 0
     step = max(newest, fate.step, status.step if status else 0)
@@ -156,6 +161,7 @@ def read_run(folder: Path, status: Status | None = None, notes: Sequence[str] = 
         changes=tuple(_changes(folder / CHANGES)),
         evaluated=tuple(_evaluated(summary)) if summary.steps >= step else (),  # else it is of an earlier start
         notes=tuple(notes),
+        findings=diagnosis.all_findings,
     )
 
 
@@ -185,7 +191,7 @@ def _config(folder: Path, notes: list[str]) -> tuple[dict[str, Any], str]:
         return {}, ""
 
 
-def _stored(folder: Path, notes: list[str]) -> tuple[Stored, Thinned, float]:
+def _stored(folder: Path, notes: list[str], diagnosis: Diagnosis) -> tuple[Stored, Thinned, float]:
     """What the store tells, the figures in it, and for how many seconds the run went on."""
     if not (folder / STORE).is_file():
         notes.append(
@@ -195,19 +201,20 @@ def _stored(folder: Path, notes: list[str]) -> tuple[Stored, Thinned, float]:
     else:
         try:
             with open_store(folder) as run:
-                return _read_store(run, folder, notes)
+                return _read_store(run, folder, notes, diagnosis)
         except OutputError as error:
             notes.append(str(error))
     return Stored(), Thinned(), 0.0
 
 
-def _read_store(run: StoredRun, folder: Path, notes: list[str]) -> tuple[Stored, Thinned, float]:
+def _read_store(run: StoredRun, folder: Path, notes: list[str], diagnosis: Diagnosis) -> tuple[Stored, Thinned, float]:
     overview = run.overview()
     thinner = Thinner(overview.steps)
     time = RunTime({start.start: start.unix_s for start in overview.starts})
     newest: float | None = None
     for step in run.steps():
         thinner.add(step.step, step.metrics)
+        diagnosis.add(step.step, step.metrics)
         time.add(step.step, step.start, step.unix_s, step.metrics.get("step_time"))
         newest = step.unix_s
     if time.note is not None:
@@ -238,7 +245,7 @@ def _samples(run: StoredRun) -> Iterator[Samples]:
         yield Samples(step=step, completions=chosen)
 
 
-def _from_lines(path: Path, notes: list[str]) -> Thinned:
+def _from_lines(path: Path, notes: list[str], diagnosis: Diagnosis) -> Thinned:
     """The curves from metrics.jsonl; a last line that is being written, or was cut, is left out."""
     try:
         with path.open("rb") as file:
@@ -247,6 +254,7 @@ def _from_lines(path: Path, notes: list[str]) -> Thinned:
             for line in file:
                 if (told := decode_step(line)) is not None:
                     thinner.add(*told)
+                    diagnosis.add(*told)
     except OSError as error:
         notes.append(f"{path}: cannot be read: {error}")
         return Thinned()

@@ -69,6 +69,8 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
     """The version of Troupe."""
     machine: str = ""
     """What it runs on, in words."""
+    past: tuple[tuple[int, float], ...] = ()
+    """(step, reward) of some of the steps done before, as far as they are known."""
     config: dict[str, Any] = {}
     """The resolved config, as run.toml has it."""
 

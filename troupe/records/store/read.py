@@ -12,9 +12,11 @@ from typing import Any
 import msgspec
 
 from troupe.errors import OutputError
+from troupe.messages import Evaluated
 from troupe.records.layout import RUN_TOML, STORE
 from troupe.records.store import completions
 from troupe.records.store.completions import Key, Piece, Query, StoredCompletion
+from troupe.records.store.evaluations import stored_evaluations
 from troupe.records.store.format import DamagedStoreError, connect_to_read, is_in_use, refuse_newer
 from troupe.records.store.glance import Glance, read_glance
 from troupe.records.store.members import StoredMember, stored_members
@@ -99,6 +101,7 @@ class StoredRun:
 
     def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
         self._connection, self.path = connection, path
+        self.connection = connection  # for what other files read of it
         completions.prepare(connection)
 
     def overview(self) -> Overview:
@@ -152,6 +155,21 @@ class StoredRun:
                 raise DamagedStoreError(f"step {step}: {error}") from None
             yield StoredStep(step=step, start=start, unix_s=unix_s, metrics=figures)
 
+    def values(self, metric: str, most: int, up_to: int | None = None) -> list[tuple[int, float]]:
+        """(step, value) of a figure at no more than `most` steps, the first and the newest (or `up_to`) among them."""
+        found = self.step_range()
+        if found is None:
+            return []
+        first, newest = found
+        newest = newest if up_to is None else min(newest, up_to)
+        apart = max(1, -(-(newest - first) // max(1, most - 1)))
+        steps = {*range(first, newest, apart), newest} if newest >= first else set()
+        rows = self._connection.execute(
+            f"SELECT step, metrics FROM steps WHERE step IN ({','.join(map(str, steps))}) ORDER BY step"
+        )
+        told = ((step, _FIGURES.decode(metrics).get(metric)) for step, metrics in rows)
+        return [(step, value) for step, value in told if value is not None]
+
     def newest_incidents(self, count: int) -> list[StoredIncident]:
         """At most `count`, the newest first; those that are alike are one."""
         rows = self._connection.execute(
@@ -167,6 +185,10 @@ class StoredRun:
         if not ask("SELECT count(*) FROM sqlite_master WHERE name = 'machines'").fetchone()[0]:
             return {}
         return dict(ask("SELECT start, machine FROM machines WHERE machine != '' ORDER BY start"))
+
+    def evaluations(self) -> list[Evaluated]:
+        """Every evaluation without its rows, by version."""
+        return stored_evaluations(self._connection)
 
     def members(self) -> list[StoredMember]:
         """Who did work in a process of its own, start by start."""

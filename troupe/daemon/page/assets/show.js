@@ -2,6 +2,7 @@
 "use strict";
 
 const GROUPS = 8;
+const FINDINGS = 3;
 const REPORTS = / (incidents|spans)$/;
 
 // ---- words
@@ -69,9 +70,9 @@ function showStatus() {
   const left = pace !== null && total ? (total - step) * pace : null;
   say("left", phase === "ended" || left === 0 ? "none" : left === null ? "–" : duration(left));
   say("left-more", pace === null ? " " : `${figure(pace, "seconds")} a step`);
-  const spread = newest("reward_std_within_groups");
+  const first = column("reward").find(known);
   say("reward", figure(newest("reward")));
-  say("reward-more", spread === null ? " " : `± ${figure(spread)} within groups`);
+  say("reward-more", known(first) ? `from ${figure(first)}` : " ");
   say("speed", figure(newest("tokens_per_second"), "integer"));
   const length = newest("completions/mean_length");
   say("speed-more", length === null ? " " : `${figure(Math.round(10 * length) / 10)} a completion`);
@@ -104,11 +105,20 @@ function showButtons(phase) {
   for (const button of at("buttons").children) button.disabled = !goes || !can[button.dataset.ask].includes(phase);
 }
 
-// never "nothing" beside a number of incidents
-function calmly(count) {
+// never "nothing" beside an incident: some are the daemon's own, which the run does not count
+function calmly() {
   if (status.phase === "paused") return "Paused: no step is begun until you resume.";
+  const kinds = { ...status.incidents };
+  for (const { kind, times } of incidents) if (!(kind in status.incidents)) kinds[kind] = (kinds[kind] || 0) + (times || 1);
+  const count = sum(kinds);
   if (!count) return "Nothing needs your attention.";
-  return `Nothing holds the run up now. Look at ${count === 1 ? "the incident" : `the ${whole(count)} incidents`} below: ${listed(status.incidents)}.`;
+  return `Nothing holds the run up now. Look at ${count === 1 ? "the incident" : `the ${whole(count)} incidents`} below: ${listed(kinds)}.`;
+}
+
+// as records/diagnosis/words.py tells it
+function diagnosed({ title, evidence, since, remedy }) {
+  const command = remedy.replace(/^--set (?=learner\.lr=)/, `troupe set ${at("folder").textContent} `);
+  return `Diagnosis: ${title}: ${evidence} (since step ${whole(since)}); try ${command}`;
 }
 
 function showNotes() {
@@ -124,10 +134,12 @@ function showNotes() {
   if (!over && status.notice) notes.push(["warn", status.notice]);
   for (const reason of status.held) notes.push(["warn", `No step is begun: ${reason}`]);
   for (const [name, reason] of Object.entries(status.rewards_down)) notes.push(["warn", `The reward ${name} is down: ${reason}`]);
+  for (const finding of status.findings.slice(0, FINDINGS)) notes.push(["warn", diagnosed(finding)]);
+  if (status.findings.length > FINDINGS) notes.push(["warn", `Diagnosis: ${status.findings.length - FINDINGS} more`]);
   if (Object.keys(status.restarts).length) notes.push(["", `Actors that were made anew: ${Object.entries(status.restarts).map(([name, times]) => `${name} ${times}×`).join(", ")}`]);
   const parent = at("notes");
   const calm = notes.length === 0;
-  if (calm) notes.push(["calm", calmly(sum(status.incidents))]);
+  if (calm) notes.push(["calm", calmly()]);
   fill(parent, notes, (to) => html("p", "note", to), (node, [kind, text]) => {
     node.className = `note ${kind}`;
     if (node.textContent !== text) node.textContent = text;

@@ -64,10 +64,9 @@ function showCompletion(parent, one, source, keep) {
     anyWay("prompt", parent, visible(one.prompt));
   }
   const colours = (one.colours || []).filter((name) => name in COLOURS);
-  const place = html("div", "coloured", parent);
   if (one.advantage !== null) colours.push("advantage");
-  const bar = html("div", "colour-bar", place);
-  const body = html("div", "", place);
+  const bar = html("div", "colour-bar", parent);
+  const body = html("div", "", parent);
   const chosen = colours.includes(keep.colour) ? keep.colour : "";
   colourChoice(bar, colours, chosen, (name) => {
     keep.colour = name;

@@ -40,6 +40,22 @@ function gigabytes(v) {
   return Math.abs(v) < 1 ? `${trim((1000 * v).toPrecision(3))} MB` : `${trim(v.toPrecision(3))} GB`;
 }
 
+// Along what charts are drawn: the word of an axis, and a value of it as text. `unit`: what its ticks are round numbers of.
+const AXES = {
+  step: { title: "Step", told: (v) => `step ${plain(v)}`, tick: plain, unit: () => 1, whole: true },
+  time: { title: "Time", told: (v) => seconds(v), tick: (v, unit) => `${trim((v / unit).toFixed(2))} ${UNITS[unit]}`, unit: timeUnit },
+  tokens: { title: "Tokens", told: (v) => `${compact(v)} tokens`, tick: compact, unit: () => 1, whole: true },
+};
+const UNITS = { 1: "s", 60: "min", 3600: "h", 86400: "d" };
+
+function timeUnit(longest) {
+  return [86400, 3600, 60].find((unit) => longest >= 3 * unit) || 1;
+}
+
+function compact(v) {
+  return new Intl.NumberFormat("en-US", { notation: "compact", maximumSignificantDigits: 4 }).format(v);
+}
+
 function formatValue(value, format) {
   return known(value) ? (FORMATS[format] || plain)(value) : "–";
 }

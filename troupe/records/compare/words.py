@@ -1,0 +1,177 @@
+"""What is told of several runs, on the terminal and on the page: figures with titles, settings, paired tests."""
+
+from collections.abc import Callable, Iterator, Sequence
+from statistics import fmean
+from typing import Any
+
+import msgspec
+
+from troupe.records import text as words
+from troupe.records.compare.held_out import HeldOut, Point, is_share, paired
+from troupe.records.compare.runs import ComparedRun, Group, RunComparison
+from troupe.records.text import MISSING
+from troupe.rewards.estimates import Comparison
+
+
+class Figure(msgspec.Struct, frozen=True):
+    """A figure of a run."""
+
+    title: str
+    of: Callable[[ComparedRun], float | None]
+    written: Callable[[float], str]
+    goes: int = 0
+    """Those with the highest number are left out first where there is no room."""
+
+
+def short(value: float) -> str:
+    """Three digits."""
+    return f"{value:.3g}".replace("-", "−")
+
+
+def run_figures(found: RunComparison) -> list[Figure]:
+    """What is told of each run besides its name and how far it is."""
+    if all(run.figures.last is None for run in found.runs):
+        return _held_out_figures(found)
+    level = found.level.reward
+    soon = [
+        Figure(f"steps to {level:g}", lambda run: run.figures.reached_step, lambda value: f"{value:,.0f}", 3),
+        Figure(f"time to {level:g}", lambda run: run.figures.reached_s, words.seconds, 4),
+    ]
+    return [
+        Figure("first", lambda run: run.figures.first, short, 6),
+        Figure("last", lambda run: run.figures.last, short),
+        Figure("best", lambda run: run.figures.best, short, 1),
+        Figure("area", lambda run: run.figures.area, short, 5),
+        *(soon if level is not None else ()),
+        *_held_out_figures(found),
+        Figure("tokens", lambda run: run.picture.tokens, words.number, 8),
+        Figure("time", lambda run: run.picture.seconds, words.seconds, 7),
+    ]
+
+
+def _held_out_figures(found: RunComparison) -> list[Figure]:
+    """The most telling one of the first set that all runs were asked; none where there is no such set."""
+    name = next((name for name in found.runs[0].held_out if all(name in run.held_out for run in found.runs)), None)
+    if name is None:
+        return []
+    figure = found.runs[0].held_out[name].headline
+
+    def newest(run: ComparedRun) -> float | None:
+        points = run.held_out[name].figures.get(figure, ())
+        return points[-1].value if points else None
+
+    return [Figure(f"{name} {figure}", newest, lambda value: _figure(figure, value), 2)]
+
+
+def about_figures(found: RunComparison) -> str:
+    """What the figures are, in a sentence."""
+    level = found.level
+    steps = "one step" if level.window == 1 else f"{level.window:,} steps"
+    return (
+        f"First, last and best are mean rewards of {steps}; area is the mean reward of steps 1 to {level.steps:,}, "
+        "which all runs have made."
+    )
+
+
+def figures_told(run: ComparedRun, figures: Sequence[Figure]) -> list[str]:
+    """The figures of a run; a dash where nothing tells one."""
+    return [MISSING if (value := figure.of(run)) is None else figure.written(value) for figure in figures]
+
+
+def told_together(members: Sequence[ComparedRun], figures: Sequence[Figure]) -> list[str]:
+    """Of each figure the mean of several runs, and from the least to the most; and how many have it, where not all."""
+    return [_together(members, figure) for figure in figures]
+
+
+def _together(members: Sequence[ComparedRun], figure: Figure) -> str:
+    values = [value for run in members if (value := figure.of(run)) is not None]
+    if not values:
+        return MISSING
+    least, most = figure.written(min(values)), figure.written(max(values))
+    told = least if least == most else f"{figure.written(fmean(values))} ({least}–{most})"
+    return told if len(values) == len(members) else f"{told}, {len(values)} of {len(members)}"
+
+
+def steps_told(run: ComparedRun) -> str:
+    """Steps done, and how many there will be."""
+    of = "" if run.picture.total_steps is None else f"/{run.picture.total_steps:,}"
+    return f"{run.picture.step:,}{of}"
+
+
+def setting_rows(found: RunComparison) -> list[list[str]]:
+    """Each setting that differs: its key, and its value in each group; of other seeds, all."""
+    return [[one.key, *(_value_in(group, one.values) for group in found.groups)] for one in found.differences]
+
+
+def _value_in(group: Group, values: Sequence[Any]) -> str:
+    return ", ".join(dict.fromkeys(_setting(values[place]) for place in group.runs))
+
+
+def _setting(value: Any) -> str:
+    """As it is written in a configuration; a dash where it is not said."""
+    if value is None:
+        return MISSING
+    return value if isinstance(value, str) and value else msgspec.json.encode(value, enc_hook=str).decode()
+
+
+class HeldOutTable(msgspec.Struct, frozen=True, kw_only=True):
+    """What runs came to on a set."""
+
+    name: str
+    base: str
+    """The run that the others are set against."""
+    figures: tuple[str, ...]
+    rows: tuple[tuple[str, str, tuple[str, ...], str], ...]
+    """Run, newest version, figures, and how it differs from the base."""
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether anything is told of differences."""
+        return any(against for *_, against in self.rows)
+
+
+_MOST_FIGURES = 4
+
+
+def held_out_tables(found: RunComparison) -> Iterator[HeldOutTable]:
+    """A table for each set of rows."""
+    for name in dict.fromkeys(name for run in found.runs for name in run.held_out):
+        there = [run for run in found.runs if name in run.held_out]
+        figures = list(dict.fromkeys(figure for run in there for figure in run.held_out[name].figures))[:_MOST_FIGURES]
+        base = there[0]
+        rows = []
+        for run in there:
+            held_out = run.held_out[name]
+            told = tuple(_ends(figure, held_out.figures.get(figure, ())) for figure in figures)
+            against = "" if run is base else _against(base.held_out[name], held_out)
+            rows.append((run.name, f"{held_out.newest:,}", told, against))
+        yield HeldOutTable(name=name, base=base.name, figures=tuple(figures), rows=tuple(rows))
+
+
+def _against(base: HeldOut, other: HeldOut) -> str:
+    if not base.rows and not other.rows:
+        return ""
+    pair = paired(base, other)
+    return "no row of both is stored" if pair is None else pair_told(pair)
+
+
+def pair_told(pair: Comparison) -> str:
+    """What a paired test says, on one line."""
+    said = "more than noise" if pair.is_more_than_noise else "may be noise"
+    between = "" if pair.low is None or pair.high is None else f" ({pair.low:+.3f} to {pair.high:+.3f})"
+    rows = f"{len(pair.better):,} rows better, {len(pair.worse):,} worse, {pair.ties:,} alike"
+    return f"{pair.difference:+.3f}{between}, p {pair.p:.2g}, {said}: {rows}".replace("-", "−")
+
+
+def _ends(figure: str, points: Sequence[Point]) -> str:
+    """A figure at first and at last, with the error of the latter."""
+    if not points:
+        return MISSING
+    first, last = points[0], points[-1]
+    error = "" if last.se is None else f" ± {_figure(figure, last.se)}"
+    now = f"{_figure(figure, last.value)}{error}"
+    return now if first is last else f"{_figure(figure, first.value)} → {now}"
+
+
+def _figure(figure: str, value: float) -> str:
+    return f"{100 * value:.1f} %" if is_share(figure) else short(value)
