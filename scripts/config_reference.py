@@ -41,6 +41,7 @@ _SECTIONS = {
     "model": "The policy that the run begins with.",
     "adapter": "What is trained beside the model, where not all of it is. See [adapters](adapters.md).",
     "data": "The prompts. See [prompts](datasets.md).",
+    "curriculum": "Which prompts come how often. See [curriculum](curriculum.md).",
     "generation": "How completions are sampled. See [sampling](sampling.md) for the order in which filters act.",
     "rewards": "What is scored, and how reward code is run. See [rewards](rewards.md).",
     "environment": "What the policy acts with, over several turns. See [environments](environments.md).",

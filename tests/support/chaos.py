@@ -24,6 +24,7 @@ from tests.support.wiring import DATA, LONGEST, Hooks, Ledger, digest, prepared_
 from troupe import RewardActor, RewardSample, RunConfig
 from troupe.actors.schedule import ScheduleConfig
 from troupe.checkpoint import CheckpointConfig
+from troupe.dataset import CurriculumConfig
 from troupe.errors import RunError
 from troupe.grpo import LearnerConfig
 from troupe.messages import Snapshot
@@ -41,6 +42,10 @@ TIMEOUT_S = 60.0
 ODD = {"nan": float("nan"), "infinite": float("-inf"), "none": None, "huge": 1e30}
 """Scores that count as missing."""
 
+CURRICULUM = CurriculumConfig(
+    enabled=True, window=2, easy_threshold=0.6, hard_threshold=0.4, retire_at=0.75, retire_after=1, revisit_every=3
+)
+"""Scores are drawn by lot, so that rows go from pool to pool, and back from retirement."""
 FATES = ("raises", "exits", "hangs", "ignores cancellation", *ODD)
 
 
@@ -187,6 +192,7 @@ def config_of(plan: Plan, folder: Path) -> RunConfig:
             watchdog_s=plan.watchdog_s,
         ),
         checkpoint=CheckpointConfig(every=plan.checkpoint_every, overlap=plan.overlap),
+        curriculum=CURRICULUM if plan.curriculum else CurriculumConfig(),
     )
 
 

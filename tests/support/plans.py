@@ -63,6 +63,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     requests: tuple[tuple[float, str], ...] = ()
     """(when, what) is asked of the supervisor."""
     watchdog_s: float = 0.0
+    curriculum: bool = False
+    """Whether rows are drawn by their pass rates."""
 
     def asks(self, what: str) -> bool:
         """Whether it is asked of the supervisor."""

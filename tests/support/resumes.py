@@ -21,7 +21,7 @@ from tests.support.plans import Plan, draw_plan
 from tests.support.wiring import Ledger, prepared_run, virtual_factories
 from troupe.checkpoint import Checkpoint, RunState
 from troupe.checkpoint.write import encode_unfinished
-from troupe.messages import GroupClosed, Snapshot, Unfinished
+from troupe.messages import CurriculumState, GroupClosed, Snapshot, Unfinished
 from troupe.rewards import RewardManager
 from troupe.run.prepare import Prepared
 from troupe.run.resume.newest import restored_free, restored_pinned
@@ -40,6 +40,7 @@ class Cut(NamedTuple):
     num_tokens: int
     skipped_in_a_row: int
     unfinished: bytes
+    curriculum: bytes
 
     @classmethod
     def of(cls, snapshot: Snapshot) -> Cut:
@@ -50,6 +51,7 @@ class Cut(NamedTuple):
             snapshot.num_tokens,
             snapshot.skipped_in_a_row,
             encode_unfinished(snapshot.unfinished),
+            msgspec.msgpack.encode(snapshot.curriculum),
         )
 
 
@@ -97,7 +99,15 @@ class Store:
         for end in self.ends:
             assert end.scored is not None
             found[end.version].append(
-                (end.gid, end.state, end.scored.group.rollouts, end.scored.scores, end.rewards, end.advantages)
+                (
+                    end.gid,
+                    end.state,
+                    end.scored.group.prompt.row,
+                    end.scored.group.rollouts,
+                    end.scored.scores,
+                    end.rewards,
+                    end.advantages,
+                )
             )
         return dict(found)
 
@@ -106,6 +116,8 @@ def resumed(prepared: Prepared, cut: Cut) -> Prepared:
     """The run, going on from a cut."""
     unfinished = msgspec.msgpack.decode(cut.unfinished, type=Unfinished)
     config = prepared.config
+    if (curriculum := prepared.inputs.schedule.curriculum) is not None:
+        curriculum.restore(msgspec.msgpack.decode(cut.curriculum, type=CurriculumState), cut.version)
     if config.schedule.mode == "free":
         wanted = (prepared.inputs.total_steps - cut.version) * config.learner.batch_size
         restored = restored_free(unfinished, prepared.inputs.schedule, wanted=wanted)
@@ -132,12 +144,12 @@ def resumed(prepared: Prepared, cut: Cut) -> Prepared:
     return msgspec.structs.replace(prepared, start=start)
 
 
-def drive(seed: int, starts: int = STARTS) -> None:
+def drive(seed: int, starts: int = STARTS, *, curriculum: bool = False) -> None:
     """Make a run in several starts, and see that everything holds; AssertionError where it does not."""
     dice = random.Random(f"resumes/{seed}")
     plan = msgspec.structs.replace(draw_plan(seed), outage=None, watchdog_s=0.0, deadly=0.0)
     steps = dice.randint(3, 8)
-    plan = msgspec.structs.replace(plan, steps=steps, requests=())
+    plan = msgspec.structs.replace(plan, steps=steps, requests=(), curriculum=curriculum)
     with TemporaryDirectory(prefix="troupe-resumes-") as folder:
         try:
             _drive(plan, Path(folder), dice, starts)

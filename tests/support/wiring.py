@@ -45,7 +45,7 @@ from troupe.messages import (
 )
 from troupe.policy import Base, Companions, CompletedGroup, Completion, RolloutRequest
 from troupe.rewards import RewardManager
-from troupe.run.inputs import Inputs
+from troupe.run.inputs import Inputs, curriculum_for
 from troupe.run.ledgers import Factories
 from troupe.run.prepare import Prepared, Start
 from troupe.run.resume.newest import Identity, Restored
@@ -335,6 +335,7 @@ def prepared_run(config: RunConfig, rewards: RewardManager, rows: int, acting_se
                 batch_size=config.learner.batch_size,
                 seed=config.seed,
                 shuffle=True,
+                curriculum=curriculum_for(config, dataset, rewards),
             ),
             evaluation=None,
             rewards=rewards,
@@ -448,11 +449,17 @@ class ScriptedTrainer(BatchTrainer):
     def assemble(self, groups: Sequence[ScoredGroup], oldest: int | None) -> Any:
         if self._real:
             return super().assemble(groups, oldest)
-        batch = [(g.group.prompt, g.group.rollouts, g.scores) for g in groups]
+        batch = ScriptedBatch((g.group.prompt, g.group.rollouts, g.scores) for g in groups)
         return SimpleNamespace(batch=batch, metrics={}, advantages=[(0.0,) * len(g.group.rollouts) for g in groups])
 
     def without_signal(self, groups: Sequence[ScoredGroup]) -> set[int]:
         return super().without_signal(groups) if self._real else {gid_of(g) for g in groups if not _has_signal(g)}
+
+
+class ScriptedBatch(list[Any]):
+    """What is hashed, in the place of arrays."""
+
+    completion_mask = SimpleNamespace(sum=lambda: 0.0)
 
 
 def _digest_of_batch(batch: Any) -> bytes:

@@ -276,6 +276,7 @@ class CheckpointWriter:
             made=self._made(),
             reference=snapshot.reference,
             unfinished=snapshot.unfinished,
+            curriculum=snapshot.curriculum,
         )
 
         def before_block() -> None:

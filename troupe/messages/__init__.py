@@ -23,6 +23,7 @@ from troupe.messages.control import (
     Step,
     Stop,
 )
+from troupe.messages.curriculum import CurriculumState, Pool, RowRecord, StepRows
 from troupe.messages.episodes import Answer, ChatMessage, Episode, ToolCall, Turn
 from troupe.messages.evaluations import Evaluated, EvaluatedRow, EvaluatedSample
 from troupe.messages.findings import Finding
@@ -64,6 +65,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointWritten",
     "ClosedState",
+    "CurriculumState",
     "Done",
     "Drain",
     "Episode",
@@ -85,6 +87,7 @@ __all__ = [
     "Past",
     "Pause",
     "Phase",
+    "Pool",
     "Prompt",
     "PromptText",
     "Refused",
@@ -94,6 +97,7 @@ __all__ = [
     "Resume",
     "Rollout",
     "RolloutGroup",
+    "RowRecord",
     "RowStart",
     "ScoredGroup",
     "Set",
@@ -106,6 +110,7 @@ __all__ = [
     "SpanKind",
     "Status",
     "Step",
+    "StepRows",
     "Stop",
     "ToolCall",
     "Turn",

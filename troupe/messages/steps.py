@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from troupe.messages.curriculum import CurriculumState
 from troupe.messages.findings import Finding
 from troupe.messages.groups import ScoredGroup, Slot
 
@@ -98,6 +99,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     metrics: Mapping[str, float] = {}
     """Mean of every metric over the steps since the snapshot before; empty where there was none."""
     unfinished: Unfinished = Unfinished()
+    curriculum: CurriculumState | None = None
+    """Where rows are chosen by what came of them."""
     final: bool = False
     """Whether the run ends here, so that the plain model folder `final/` is written too."""
 

@@ -29,9 +29,10 @@ class Figure(msgspec.Struct, frozen=True):
     """Its chart's key in CHARTS."""
     name: str = ""
     """The name of its line in the chart; empty: the chart's title."""
-    of: Literal["step", "loss", "episodes", "machinery"] = "step"
+    of: Literal["step", "loss", "episodes", "curriculum", "machinery"] = "step"
     """step: every step has it; loss: whether a step has it depends on the loss, the weights or what is sampled;
-    episodes: where the policy acts; machinery: of queues and of time."""
+    episodes: where the policy acts; curriculum: where rows are drawn by their pass rates; machinery: of queues and of
+    time."""
 
 
 class ChartSpec(msgspec.Struct, frozen=True):
@@ -120,6 +121,13 @@ CHARTS = {
         "Trained on; left out without signal; too old; too few scores.",
         smooth=False,
     ),
+    "pools": ChartSpec(
+        "Prompts",
+        "Rows by pool",
+        "By how often completions of a row pass; rows that were never seen are normal.",
+        smooth=False,
+    ),
+    "pool_shares": ChartSpec("Prompts", "Prompts by pool", "Where the rows of a step's groups came from.", "percent"),
     "turns": ChartSpec(
         "Episodes",
         "Turns an episode",
@@ -193,6 +201,7 @@ _OF_SOME_LOSSES = (
     "clip_ratio/high_max",
     "vespo/phi_seq_mean",
 )  # fmt: skip
+_POOLS = ("easy", "normal", "hard", "retired")
 _BESIDE_DEVICE = {
     "environment": "environments", "reward": "rewards", "checkpoint": "checkpoints", "logging": "logging",
 }  # fmt: skip
@@ -243,6 +252,14 @@ FIGURES = {
     "groups/filtered": Figure(",.0f", panel=("completions", "no signal"), chart="groups", name="filtered"),
     "groups/stale": Figure(chart="groups", name="stale"),
     "groups/quarantined": Figure(",.0f", panel=("completions", "unscored"), chart="groups", name="quarantined"),
+    **{
+        f"curriculum/{pool}": Figure(
+            ",.0f", panel=("rows", pool), status=",.0f", chart="pools", name=pool, of="curriculum"
+        )
+        for pool in _POOLS
+    },
+    "curriculum/unseen": Figure(chart="pools", name="never seen", of="curriculum"),
+    **{f"curriculum/share_{pool}": Figure(chart="pool_shares", name=pool, of="curriculum") for pool in _POOLS},
     "sampling/importance_sampling_ratio/mean": Figure(chart="importance_ratio"),
     "tokens_per_second": Figure(",.0f", "tokens/s", ("speed", "tokens/s"), status=",.0f", chart="tokens_per_second"),
     "step_time": Figure(

@@ -15,7 +15,7 @@ import tomli_w
 from troupe.actors.schedule import ScheduleConfig
 from troupe.checkpoint import CheckpointConfig
 from troupe.cluster.settings import ClusterConfig
-from troupe.dataset import DataConfig, anchored_source
+from troupe.dataset import CurriculumConfig, DataConfig, anchored_source
 from troupe.environments.settings import EnvironmentConfig
 from troupe.errors import ConfigError
 from troupe.grpo import LearnerConfig
@@ -65,6 +65,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     model: ModelConfig = ModelConfig()
     adapter: AdapterConfig = AdapterConfig()
     data: DataConfig = DataConfig()
+    curriculum: CurriculumConfig = CurriculumConfig()
     generation: GenerationConfig = GenerationConfig()
     rewards: RewardsConfig = RewardsConfig()
     environment: EnvironmentConfig = EnvironmentConfig()

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from troupe.actors.curriculum import Curriculum
 from troupe.actors.schedule import PromptSchedule, count_steps, describe_prompts, think_notices, tokenize_prompts
 from troupe.cluster.calls import Calls
 from troupe.dataset import DataConfig, PromptDataset
@@ -124,6 +125,7 @@ def load_inputs(
             seed=config.seed,
             shuffle=config.data.shuffle,
             opened=opened,
+            curriculum=curriculum_for(config, dataset, rewards),
         ),
         evaluation=prompts.evaluation,
         rewards=rewards,
@@ -171,6 +173,25 @@ def _tell_prompts(
     held_out_ids = _tokenized(held_out, policy, config, acting_setup, keeps_unknown=keeps_unknown)
     described.append(f"held out: {describe_prompts(held_out, held_out_ids, policy.tokenizer)}")
     return _Told(prompt_ids, EvalSet(dataset=held_out, prompt_ids=held_out_ids), described)
+
+
+def curriculum_for(config: RunConfig, dataset: PromptDataset, rewards: RewardManager) -> Curriculum | None:
+    """What chooses the rows; None where each epoch has all of them. ConfigError for a reward that there is not."""
+    settings, learner, schedule = config.curriculum, config.learner, config.schedule
+    if not settings.enabled:
+        return None
+    if settings.reward is not None and settings.reward not in rewards.names:
+        names = ", ".join(rewards.names)
+        raise ConfigError(f"curriculum.reward is {settings.reward!r}, but the run's rewards are {names}; name one")
+    return Curriculum(
+        settings,
+        dataset,
+        batch_size=learner.batch_size,
+        seed=config.seed,
+        shuffle=config.data.shuffle,
+        ahead=schedule.max_staleness if schedule.mode == "pinned" else None,
+        attempts=learner.max_resampling_attempts if learner.dynamic_sampling else 0,
+    )
 
 
 def _about(config: RunConfig, policy: Policy, opened: str) -> list[str]:

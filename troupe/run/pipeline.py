@@ -192,6 +192,7 @@ def _make_learner(
             open_groups=ledgers.open_groups,
             recorded=ledgers.recorded,
             next_prompt=lambda: prompts.next,
+            curriculum=prepared.inputs.schedule.curriculum,
         ),
         prompts_per_epoch=prepared.inputs.schedule.rows,
         keep_rate=keep_rate,

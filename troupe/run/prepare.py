@@ -16,7 +16,7 @@ from troupe.actors.schedule import count_steps
 from troupe.checkpoint import Checkpoint
 from troupe.errors import ConfigError
 from troupe.grpo import adamw_init
-from troupe.messages import Unfinished
+from troupe.messages import CurriculumState, Unfinished
 from troupe.policy import Policy, Weights, is_on_cpu
 from troupe.records.layout import STORE
 from troupe.records.lost_steps import lost_steps
@@ -261,6 +261,9 @@ def start_run(folder: Path, config: RunConfig, inputs: Inputs, resumption: Resum
     changes, new_changes, told = _changes(folder, config, resumption, checkpoint, rewards)
     optimizer_state = adamw_init(policy.weights) if checkpoint is None else checkpoint.optimizer_state
     mx.eval(list(optimizer_state.values()))
+    curriculum = inputs.schedule.curriculum
+    if curriculum is not None and checkpoint is not None:  # without records, all rows are as if never seen
+        curriculum.restore(checkpoint.curriculum or CurriculumState(), checkpoint.state.version)
     return Start(
         identity=identity,
         policy=policy if checkpoint is None else policy.having(checkpoint.weights),

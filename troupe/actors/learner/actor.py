@@ -16,7 +16,7 @@ from troupe.actors.learner.measures import (
     sampled_tokens,
     staleness_statistics,
 )
-from troupe.actors.learner.scores import weighted_rewards
+from troupe.actors.learner.scores import pass_rates, weighted_rewards
 from troupe.actors.learner.train import BatchTrainer, Learned, LearnerState, Snapshots
 from troupe.errors import RunError
 from troupe.messages import (
@@ -178,16 +178,29 @@ class Learner(Actor):
                 self.report.record(name, start_s, end_s, step=self.version)
         self._state = learned.state
         self._snapshots.open_groups.end(slot_of(group) for group in step.groups)
+        of_rows, retired = self._count_rows(step)
         with self.report.span("publish", step=self.version - 1):
             self._board.publish(self.version, self.weights)
         async with finishing(self.closing_s):  # the step counts: whoever stops us, its end is reported
             await self._close(step, learned.advantages)
-            update = self._update(step, learned.metrics, time.perf_counter() - started_s)
+            update = self._update(step, {**learned.metrics, **of_rows}, time.perf_counter() - started_s)
             await self._to.updates.send(update)
             self._snapshots.add(update.metrics)
+        if retired:
+            await self.report.incident(Incident(actor=self.name, kind="rows_retired", message=retired))
         await self._check_finite(learned)
         if self.version % self._snapshots.every == 0 and self.version < self._trainer.total_steps:
             await self._send_snapshot()
+
+    def _count_rows(self, step: StepGroups) -> tuple[dict[str, float], str]:
+        """Have the curriculum know what the step came to; its metrics, and what to tell where no row is left."""
+        curriculum = self._snapshots.curriculum
+        if curriculum is None:
+            return {}, ""
+        rates = pass_rates(step.groups, self._trainer.reward_weights, curriculum.config)
+        before = curriculum.is_retired
+        metrics = curriculum.learned(self.version, rates, self._snapshots.oldest_open(self._trainer.config.batch_size))
+        return metrics, curriculum.retirement if curriculum.is_retired and not before else ""
 
     async def _set_rate(self, lr: float) -> None:
         """Another peak for the next step and all that follow."""

@@ -11,6 +11,8 @@ import mlx.core as mx
 
 from troupe.actors.learner.episodes import Turns, compared_turns, episode_statistics
 from troupe.actors.learner.rollouts import length_statistics, logged_means, thought_statistics
+from troupe.dataset import CurriculumConfig
+from troupe.dataset.curriculum import pass_rate
 from troupe.grpo import LearnerConfig, compute_advantages, reward_statistics, spread_within_groups
 from troupe.messages import ScoredGroup
 
@@ -64,6 +66,20 @@ def weighted_rewards(group: ScoredGroup, weights: Mapping[str, float]) -> tuple[
         present = [w * s for w, s in zip(weights.values(), row, strict=True) if s is not None]
         rewards.append(math.fsum(present) if present and sample not in group.faulted else None)
     return tuple(rewards)
+
+
+def pass_rates(
+    groups: Sequence[ScoredGroup], weights: Mapping[str, float], config: CurriculumConfig
+) -> list[tuple[int, float | None]]:
+    """Row and pass rate of each group; None where no completion has a score that counts."""
+    rates = []
+    for group in groups:
+        scores: Sequence[float | None] = weighted_rewards(group, weights)
+        if config.reward is not None:
+            faulted, named = group.faulted, group.scores[config.reward]
+            scores = [None if sample in faulted else score for sample, score in enumerate(named)]
+        rates.append((group.group.prompt.row, pass_rate(scores, config.passes_from)))
+    return rates
 
 
 def has_signal(group: ScoredGroup, config: LearnerConfig, weights: Mapping[str, float], gamma: float = 1.0) -> bool:

@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 import mlx.core as mx
 import msgspec
 
+from troupe.actors.curriculum import Curriculum
 from troupe.actors.learner.batch import Assembled, CompletionLogProbs, assemble
 from troupe.actors.learner.gathering import StepGroups, gid_of, slot_of
 from troupe.actors.learner.measures import num_tokens
@@ -254,15 +255,17 @@ class Snapshots:
         open_groups: OpenGroups,
         recorded: Mapping[int, ScoredGroup],
         next_prompt: Callable[[], int] = lambda: 0,
+        curriculum: Curriculum | None = None,
     ) -> None:
         """`beside_learning`: a step is learned while a checkpoint is written. `with_reference`: the reference follows
         the policy. `open_groups`: shared with who begins them. `recorded`: gid → groups that had their scores when the
         run was resumed and have not come to the learner yet. `next_prompt`: number of the prompt that will be begun
-        next."""
+        next. `curriculum`: chooses the rows of steps to come."""
         self.every = every
         """Steps from one snapshot to the next."""
         self.beside_learning = beside_learning
         self.open_groups = open_groups
+        self.curriculum = curriculum
         self._with_reference = with_reference
         self._recorded = recorded
         self._next_prompt = next_prompt
@@ -274,6 +277,10 @@ class Snapshots:
             if math.isfinite(value):
                 total, count = self._sums.get(name, (0.0, 0))
                 self._sums[name] = total + value, count + 1
+
+    def oldest_open(self, batch_size: int) -> int:
+        """The first step of which a group is under way, or will be prompted next."""
+        return min([self._next_prompt() // batch_size, *(group.slot.step for group in self.open_groups.all())])
 
     def forget_metrics(self) -> None:
         """Begin new means, the snapshot with the old ones being sent."""
@@ -309,6 +316,7 @@ class Snapshots:
                 open=self.open_groups.all(),
                 scored=self._scored(state.version, inbox, set(map(gid_of, collected.collected))),
             ),
+            curriculum=None if self.curriculum is None else self.curriculum.state(),
             final=final,
         )
 

@@ -1,11 +1,12 @@
 """The diagnosis of a run that is there already, from what its folder has of the steps."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from troupe.errors import InputError, OutputError
-from troupe.messages import Finding
+from troupe.errors import InputError
+from troupe.messages import Evaluated, Finding
 from troupe.records.diagnosis.watch import Diagnosis
 from troupe.records.layout import METRICS, RUN_TOML, STORE
 from troupe.records.sinks.jsonl import decode_step
@@ -20,13 +21,14 @@ def begin_again(config: Mapping[str, Any], folder: Path, step: int) -> Diagnosis
     out."""
     diagnosis = Diagnosis(config)
     if step:
-        try:
+        with suppress(InputError, OSError):
+            for told in _evaluations(folder):
+                if told.version <= step:
+                    diagnosis.add_evaluation(told.version, told.metrics)
             for number, metrics in _steps(folder):
                 if number > step:
                     break
                 diagnosis.add(number, metrics)
-        except (InputError, OutputError, OSError):
-            return Diagnosis(config)
     return diagnosis
 
 
@@ -38,11 +40,21 @@ def diagnose(folder: str | Path) -> tuple[Finding, ...]:
         raise InputError(f"{folder}: there is no {RUN_TOML}, so this is not the folder of a run")
     diagnosis = Diagnosis(read_toml(folder / RUN_TOML))
     try:
+        for told in _evaluations(folder):
+            diagnosis.add_evaluation(told.version, told.metrics)
         for number, metrics in _steps(folder):
             diagnosis.add(number, metrics)
     except OSError as error:
         raise InputError(f"{folder}: the steps cannot be read: {error}") from None
     return diagnosis.all_findings
+
+
+def _evaluations(folder: Path) -> list[Evaluated]:
+    """Those that run.sqlite has; none where there is none."""
+    if not (folder / STORE).is_file():
+        return []
+    with open_store(folder) as run:
+        return run.evaluations()
 
 
 def _steps(folder: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:

@@ -27,19 +27,24 @@ class Diagnosis:
         self._history = History(config)
         self._watches = [_Watch(rule) for rule in rules]
         self._over: list[Finding] = []
+        self._evaluations: list[tuple[int, Mapping[str, Any]]] = []
+        """Those that no step has come after."""
 
     def add(self, step: int, metrics: Mapping[str, Any]) -> None:
         """One more step; one that is not past all before is left out."""
         if step <= self._history.step:
             return
+        for version, figures in [told for told in self._evaluations if told[0] < step]:
+            self._history.add_evaluation(version, figures)
+        self._evaluations = [told for told in self._evaluations if told[0] >= step]
         self._history.add(step, metrics)
         for watch in self._watches:
             if (over := watch.look(self._history)) is not None:
                 self._over.append(over)
 
     def add_evaluation(self, version: int, metrics: Mapping[str, Any]) -> None:
-        """What a version of the policy came to on one set; it counts from the next step on."""
-        self._history.add_evaluation(version, metrics)
+        """What a version of the policy came to on one set; it counts from the next step on that is later than it."""
+        self._evaluations.append((version, metrics))
 
     @property
     def findings(self) -> tuple[Finding, ...]:

@@ -45,6 +45,7 @@ RULES: dict[str, Rule] = {
     "data.chat": "by name",
     "data.chat_template_kwargs": "by name",
     "data.chat_template_date": "by name",
+    "curriculum.*": "by name",  # rows that were chosen already stay
     "generation.*": "by name",
     "rewards.functions": "by name",
     "rewards.run": "by name",
