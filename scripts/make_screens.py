@@ -33,8 +33,9 @@ import troupe  # noqa: F401 - before MLX, so that OpenBLAS is loaded first
 
 # isort: split
 import click
+from rich.color import parse_rgb_hex
 from rich.console import Console
-from rich.terminal_theme import MONOKAI
+from rich.terminal_theme import TerminalTheme
 from rich.text import Text
 
 from troupe.cli.demo import DEMO_CONFIG
@@ -69,6 +70,20 @@ async def my_judge(completions, answer, **columns):
     writer.close()
     return exact_answer_reward(completions, answer=answer)
 '''
+
+
+def colours(told: str) -> list[tuple[int, int, int]]:
+    """Colours that are told in hexadecimal digits."""
+    return [parse_rgb_hex(colour) for colour in told.split()]
+
+
+THEME = TerminalTheme(
+    (24, 26, 31),
+    (210, 212, 216),
+    colours("1e1e1e e05a5a 5abe6e d6aa50 5a8cf0 be78dc 50bec8 c8c8c8"),
+    colours("6e6e6e ff7878 82dc96 f0c86e 82aaff dc96fa 78dce6 ffffff"),
+)
+"""Background, letters, and the eight colours of a terminal, plain and bright."""
 SVG = """<svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg">
 <style>
 .{unique_id}-matrix {{ font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace;
@@ -298,7 +313,7 @@ def as_svg(text: str, name: str) -> str:
         console = Console(width=COLUMNS, record=True, file=nowhere, force_terminal=True, color_system="truecolor")
         lines = [*text.rstrip("\n").split("\n"), *[""] * ROWS][:ROWS]
         console.print(Text.from_ansi("\n".join(lines)), no_wrap=True, crop=True)
-        return console.export_svg(title="troupe train", theme=MONOKAI, code_format=SVG, unique_id=name)
+        return console.export_svg(title="troupe train", theme=THEME, code_format=SVG, unique_id=name)
 
 
 @click.command()
