@@ -30,7 +30,7 @@ def of_row(step: int, place: int, row: int, *scores: float | None) -> GroupClose
 def folder(tmp_path: Path) -> Path:
     sink = SqliteSink(tmp_path / STORE, program="0.9")
     sink.open()
-    steps = [
+    steps: list[list[tuple[int, tuple[float | None, ...]]]] = [
         [(4, (0.0, 0.0)), (9, (0.5, 0.5))],
         [(4, (0.0, 0.25)), (7, (0.25, 0.0))],
         [(4, (0.25, 0.5)), (7, (None, None))],
