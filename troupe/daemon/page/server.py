@@ -254,6 +254,7 @@ class Page:
                 self._watched = anyio.Event()
                 await self._watched.wait()
             self._history.now(await self._daemon.status())
+            await self._history.look(self._folder)
             await anyio.sleep(self._status_s)
 
 

@@ -3,6 +3,7 @@
 
 const GROUPS = 8;
 const FINDINGS = 3;
+const HELD_OUT = 2;
 const REPORTS = / (incidents|spans)$/;
 
 // ---- words
@@ -82,6 +83,7 @@ function showStatus() {
   const count = sum(status.incidents);
   say("mishaps", whole(count));
   say("mishaps-more", count ? listed(status.incidents) : "none");
+  showHeldOut();
   const { activity } = status;
   say("now", activity && !over && !lost ? activity.what + activity.detail : "\u00a0");
   at("now").classList.toggle("waits", Boolean(activity && activity.waiting));
@@ -90,6 +92,20 @@ function showStatus() {
   showQueues();
   showGroups();
   showMembers();
+}
+
+// a tile for each of the first sets
+function showHeldOut() {
+  heldOut.slice(0, HELD_OUT).forEach(({ name, figure: measure, share, step, y, errors }, i) => {
+    const tile = at(`held-out-${i}`);
+    const format = share ? "percent" : "number";
+    const error = errors[errors.length - 1];
+    tile.hidden = false;
+    set(tile.children[0], `${name} ${measure}`);
+    const since = y.length > 1 ? `from ${figure(y[0], format)}` : step[0] ? `at step ${whole(step[0])}` : "before training";
+    set(tile.children[1], figure(y[y.length - 1], format));
+    set(tile.children[2], known(error) ? `± ${figure(error, format)}, ${since}` : since);
+  });
 }
 
 function showButtons(phase) {
