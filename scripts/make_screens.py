@@ -259,6 +259,21 @@ def page_report(folder: Path, browser: Any, path: Path) -> None:
     page.screenshot(path=path)
 
 
+def page_compare(folder: Path, browser: Any, path: Path) -> None:
+    """Three seeds of the demo and one of a rate that is far too high, on one page."""
+    command = [sys.executable, "-m", "troupe"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    runs = {f"seed-{seed}": ["--seed", str(seed)] for seed in (1, 2, 3)} | {"hot": ["--set", "learner.lr=5e-3"]}
+    for name, settings in runs.items():
+        arguments = ["train", "--max-steps", "90", *settings, "-o", f"runs/lr/{name}"]
+        subprocess.run([*command, *arguments], cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*command, "report", "runs/lr"], cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
+    page = browser.new_page(viewport={"width": 1200, "height": 1480})
+    page.goto((folder / "compare.html").as_uri())
+    page.wait_for_selector("body[data-drawn]")
+    page.screenshot(path=path)
+
+
 def page_live(folder: Path, browser: Any, path: Path) -> None:
     """The live page of the demo amid its steps."""
     command = [sys.executable, "-m", "troupe", "daemon", str(DEMO_CONFIG), "-o", "runs/sums", "--page"]
@@ -285,7 +300,11 @@ def page_live(folder: Path, browser: Any, path: Path) -> None:
         process.communicate()
 
 
-PAGES: dict[str, Callable[[Path, Any, Path], None]] = {"page-report": page_report, "page-live": page_live}
+PAGES: dict[str, Callable[[Path, Any, Path], None]] = {
+    "page-report": page_report,
+    "page-compare": page_compare,
+    "page-live": page_live,
+}
 
 
 def as_svg(text: str, name: str) -> str:
