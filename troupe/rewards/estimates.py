@@ -73,6 +73,8 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def verdict(self) -> str:
         """Whether the difference is more than noise, in words."""
+        if not self.better and not self.worse:
+            return f"no difference over {self.rows} rows"
         test = "exact sign test" if self.test == "sign" else "paired t-test"
         word = "more than noise" if self.is_more_than_noise else "this may be noise"
         return f"{word}: p = {self.p:.2g}, {test} over {self.rows} rows"
