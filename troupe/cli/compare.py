@@ -56,6 +56,8 @@ def show(found: RunComparison, width: int) -> Iterator[str]:
         yield from ["", "No setting differs."]
     for one in held_out_tables(found):
         yield from ["", f"Held-out rows: {one.name}", *_held_out(one, width)]
+    sick = [f"{run.name}: {run.picture.diagnosis}" for run in found.runs if run.picture.diagnosis]
+    yield from ["", "Diagnosis", *sick] if sick else []
     notes = [f"{run.name}: {note}" for run in found.runs for note in run.picture.notes]
     yield from ["", *notes] if notes else []
 

@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 
 from troupe import diagnose
+from troupe.cli.compare import show
 from troupe.errors import InputError
 from troupe.messages import Update
+from troupe.records.compare.page import compare_page
+from troupe.records.compare.runs import read_runs
 from troupe.records.diagnosis import Diagnosis
 from troupe.records.diagnosis.past import begin_again
 from troupe.records.sinks.sqlite import SqliteSink
@@ -57,3 +60,16 @@ def test_without_steps_there_are_no_findings_and_without_a_run_there_is_an_error
     assert begin_again(CONFIG, folder, 10).all_findings == Diagnosis(CONFIG).all_findings == ()
     with pytest.raises(InputError, match=r"there is no run\.toml"):
         diagnose(folder / "elsewhere")
+
+
+def test_a_sick_run_is_named_beside_a_good_one(folder: Path, tmp_path: Path) -> None:
+    good = tmp_path / "good"
+    good.mkdir()
+    shutil.copy(folder / "run.toml", good)
+    shutil.copy(HOT.with_name("demo.jsonl"), good / "metrics.jsonl")
+    found = read_runs([good, folder], lambda folder: (None, []))
+    page = compare_page(found)
+    assert page.count('<p class="note warn">') == 1
+    assert f"<b>{found.runs[1].name}</b>: the reward falls: from" in page
+    (told,) = [line for line in show(found, 100) if "the reward falls" in line]
+    assert told.startswith(f"{found.runs[1].name}: the reward falls")

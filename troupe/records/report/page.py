@@ -9,7 +9,7 @@ import msgspec
 
 from troupe.records import text as words
 from troupe.records.conversations import Said, conversation_of, facts_of, observed_within, shortened
-from troupe.records.diagnosis import in_a_line, remedy_for, steps_of
+from troupe.records.diagnosis import remedy_for, steps_of
 from troupe.records.report.charts import sections_of
 from troupe.records.report.data import Axes, bars_of, chart_data, marks_of
 from troupe.records.report.picture import INCIDENTS_SHOWN, RunPicture, State
@@ -37,8 +37,6 @@ BADGES: dict[State, str] = {
     **dict.fromkeys(("restarting", "crashed"), "bad"),
     "new": "",
 }
-_OVER: tuple[State, ...] = ("finished", "stopped", "crashed", "new")
-"""Nobody is there who could be asked for something."""
 _SETTINGS = (
     ("model", "model.path"),
     ("weights", "model.dtype"),
@@ -88,7 +86,7 @@ def report_page(run: RunPicture) -> str:
     bars = bars_of(run)
     charts = [chart for section in sections for chart in section.charts]
     data = chart_data(charts, [Axes.of(run.metrics)], marks_of(run)) | {"bars": bars}
-    live = run.folder if run.state not in _OVER else ""
+    live = run.folder if run.goes_on else ""
     members = run.stored.members if _is_crowd(run.stored.members) else ()
     return rendered(
         "report.html",
@@ -97,7 +95,6 @@ def report_page(run: RunPicture) -> str:
         data=data,
         filters={"plain": _value, "facts": facts_of, "remedy": partial(remedy_for, folder=live), "steps": steps_of},
         run=run,
-        holding=in_a_line([finding for finding in run.findings if finding.until is None], live),
         name=Path(run.folder).name,
         badge=BADGES[run.state],
         facts=list(_facts(run)),

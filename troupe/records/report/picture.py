@@ -13,7 +13,7 @@ import msgspec
 from troupe.errors import InputError, OutputError
 from troupe.messages import Finding, Phase, Status
 from troupe.records.curves import Thinned, Thinner
-from troupe.records.diagnosis import Diagnosis
+from troupe.records.diagnosis import Diagnosis, in_a_line
 from troupe.records.layout import CHANGES, METRICS, RUN_TOML, STORE
 from troupe.records.report.run_time import RunTime
 from troupe.records.sinks.jsonl import decode_step
@@ -115,6 +115,17 @@ class RunPicture(msgspec.Struct, frozen=True, kw_only=True):
     """What could not be read, and why."""
     findings: tuple[Finding, ...] = ()
     """What the figures say is wrong; those that are over come last."""
+
+    @property
+    def diagnosis(self) -> str:
+        """The findings that hold, in a line; empty where there is none."""
+        holding = [finding for finding in self.findings if finding.until is None]
+        return in_a_line(holding, self.folder if self.goes_on else "")
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether somebody is there who can be asked for something."""
+        return self.state not in ("finished", "stopped", "crashed", "new")
 
     def values(self, name: str) -> list[float]:
         """What is known of a metric, in order: of each step, or of the steps of each point."""
