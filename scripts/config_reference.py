@@ -47,6 +47,7 @@ _SECTIONS = {
     "environment": "What the policy acts with, over several turns. See [environments](environments.md).",
     "learner": "The loss and the optimizer. See [training](training.md).",
     "schedule": "How old the weights may be. See [schedules](schedules.md).",
+    "evaluation": "Rows that are not trained on, answered while training goes on. See [evaluation](evaluation.md).",
     "checkpoint": "What is kept. See [resuming](resuming.md).",
     "metrics": "Where metrics go. See [metrics](metrics.md).",
     "daemon": "How `troupe daemon` keeps a run alive. See [daemon](daemon.md).",

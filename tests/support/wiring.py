@@ -49,7 +49,7 @@ from troupe.run.inputs import Inputs, curriculum_for
 from troupe.run.ledgers import Factories
 from troupe.run.prepare import Prepared, Start
 from troupe.run.resume.newest import Identity, Restored
-from troupe.runtime.device import DeviceThread
+from troupe.runtime.device import DeviceThread, Turns
 from troupe.runtime.mailbox import Channel, Mailbox, Overflow
 
 DATA = ("prompts", "rollouts", "scored", "closed")
@@ -136,6 +136,7 @@ class VirtualDevice(DeviceThread):
 
     def __init__(self, name: str, hooks: Hooks) -> None:
         self._executor: Any = VirtualExecutor(name, hooks)
+        self.turns = Turns()
 
     async def close(self) -> None:
         """There is no thread whose streams end with it."""
@@ -337,7 +338,6 @@ def prepared_run(config: RunConfig, rewards: RewardManager, rows: int, acting_se
                 shuffle=True,
                 curriculum=curriculum_for(config, dataset, rewards),
             ),
-            evaluation=None,
             rewards=rewards,
             longest_prompt=2,
             acting_setup=acting_setup,

@@ -56,8 +56,8 @@ def show(found: RunComparison, width: int) -> Iterator[str]:
         yield from ["", "No setting differs."]
     for one in held_out_tables(found):
         yield from ["", f"Held-out rows: {one.name}", *_held_out(one, width)]
-    sick = [f"{run.name}: {run.picture.diagnosis}" for run in found.runs if run.picture.diagnosis]
-    yield from ["", "Diagnosis", *sick] if sick else []
+    findings = [f"{run.name}: {told}" for run in found.runs if (told := run.picture.diagnosis)]
+    yield from ["", *findings] if findings else []
     notes = [f"{run.name}: {note}" for run in found.runs for note in run.picture.notes]
     yield from ["", *notes] if notes else []
 
@@ -113,6 +113,7 @@ def as_builtins(found: RunComparison) -> dict[str, Any]:
         told = {"name": run.name, "folder": picture.folder, "state": picture.state, "step": picture.step}
         told |= {"total_steps": picture.total_steps, "seed": run.seed, "tokens": picture.tokens}
         told |= {"seconds": picture.seconds, "reward": run.figures, "notes": picture.notes}
+        told["findings"] = picture.findings
         told["held_out"] = {name: held_out.figures for name, held_out in run.held_out.items()}
         told["against_first"] = {
             name: pair

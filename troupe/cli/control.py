@@ -43,7 +43,7 @@ from troupe.records.trend import Trend, stored_rewards, trend_of
 from troupe.run.tables import anchored_reward, parse_setting
 from troupe.runtime.lock import read_owner
 from troupe.runtime.machine import unusable_backend
-from troupe.runtime.terminal import EXIT_FAULT, tell, tell_json
+from troupe.runtime.terminal import EXIT_FAULT, tell, tell_json, tell_rows
 
 _ANSWER_S, _HOPE_S, _DEATH_S = 15.0, 6.0, 10.0  # a daemon answers for its trainer after 5 s
 _LOADING_S = 90.0  # of a reward, before there is an answer
@@ -135,7 +135,7 @@ def status(folder: Path, watch: bool, interval: float, as_json: bool) -> None:
             if as_json:
                 tell_json(msgspec.json.encode(found).decode())
             else:
-                tell("\n".join([f"{folder}: {describe_standing(found)}", *describe_trend(*_trend(folder))]))
+                tell_rows("\n".join([f"{folder}: {describe_standing(found)}", *describe_trend(*_trend(folder))]))
                 _tell_findings(folder)
         if not watch or not goes_on:
             return
@@ -156,7 +156,7 @@ def _show(found: Reply, folder: Path, *, as_json: bool, clear: bool) -> None:
     if clear:
         click.clear()  # on a terminal
     trend, encoding = _trend(folder)
-    tell(describe(found, str(folder), trend=trend, encoding=encoding))
+    tell_rows(describe(found, str(folder), trend=trend, encoding=encoding))
     if (address := read_address(folder)) is not None:
         tell(row("live page", address))
 
@@ -171,7 +171,7 @@ def _tell_findings(folder: Path) -> None:
     with suppress(InputError):
         for finding in diagnose(folder):
             if finding.until is None:
-                tell(row("diagnosis", in_full(finding)))
+                tell_rows(row("diagnosis", in_full(finding)))
 
 
 def _add_request(name: str, request: Request, text: str) -> None:

@@ -47,8 +47,8 @@ def describe(status: Status, name: str, *, trend: Trend | None = None, encoding:
     held_out = HeldOut()
     for evaluated in status.evaluated:
         held_out.add(evaluated.version, evaluated.name, evaluated.metrics)
-    for each, standing in held_out.sets.items():
-        add("held-out", arrows(f"{each}  {standing}", encoding))
+    for each, told_of_it in held_out.lines(encoding):
+        add("held-out", f"{each}  {told_of_it}".strip())
     lines += _figures(status.metrics)
     lines += _members(status.members)
     if status.groups:

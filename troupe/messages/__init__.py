@@ -25,7 +25,7 @@ from troupe.messages.control import (
 )
 from troupe.messages.curriculum import CurriculumState, Pool, RowRecord, StepRows
 from troupe.messages.episodes import Answer, ChatMessage, Episode, ToolCall, Turn
-from troupe.messages.evaluations import Evaluated, EvaluatedRow, EvaluatedSample
+from troupe.messages.evaluations import Evaluate, Evaluated, EvaluatedRow, EvaluatedSample
 from troupe.messages.findings import Finding
 from troupe.messages.groups import (
     FinishReason,
@@ -69,6 +69,7 @@ __all__ = [
     "Done",
     "Drain",
     "Episode",
+    "Evaluate",
     "Evaluated",
     "EvaluatedRow",
     "EvaluatedSample",

@@ -88,7 +88,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     optimizer_state: dict[str, Any]
     """Flat name → evaluated `mx.array`: float32, but uint16 where it holds low halves of weights."""
     behind: Mapping[int, Mapping[str, Any]]
-    """Older policy versions that generation still needs (pinned, max_staleness ≥ 1): version → weights."""
+    """Older policy versions that generation (pinned, max_staleness ≥ 1) or an evaluation still needs: version →
+    weights."""
     reference: Mapping[str, Any] | None = None
     """Weights of the reference policy where it follows the policy; None where it is the model that the run began with,
     or where there is none."""

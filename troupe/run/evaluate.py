@@ -15,13 +15,16 @@ import anyio.to_thread
 import mlx.core as mx
 import msgspec
 
+from troupe.actors.evaluator.decoding import row_of
+from troupe.actors.evaluator.episodes import EpisodeDecoder
+from troupe.actors.generator.episodes import EpisodeLimits
 from troupe.actors.learner.batch import as_rollouts, assemble
 from troupe.actors.schedule import tokenize_prompts
 from troupe.dataset import DataConfig, PromptDataset, stop_making_rows
 from troupe.environments.settings import EnvironmentConfig
 from troupe.errors import InputError
 from troupe.grpo import LearnerConfig
-from troupe.messages import Incident, Prompt, PromptText, RolloutGroup, ScoredGroup, Slot
+from troupe.messages import Evaluate, Incident, Prompt, PromptText, RolloutGroup, ScoredGroup, Slot
 from troupe.policy import (
     CompletedGroup,
     GenerationConfig,
@@ -32,9 +35,9 @@ from troupe.policy import (
 )
 from troupe.rewards import Reward, RewardManager, RewardsConfig, exact_answer_reward
 from troupe.run.acting import NOTHING_GIVEN, Acting, ActingSetup, default_rewards, load_acting, make_rewards
-from troupe.run.held_out import HeldOutEpisodes, number_of_row
 from troupe.run.status import Progress
 from troupe.runtime.device import DeviceThread
+from troupe.runtime.reporter import Reporter
 
 
 class GroupBatch(msgspec.Struct, frozen=True, kw_only=True):
@@ -152,16 +155,21 @@ async def evaluate(
     scores: dict[str, list[float]] = {}
     incidents: list[Incident] = []
 
+    def on_row() -> None:
+        if progress is not None:
+            progress.done += 1
+
     held_out = None
     if acting_setup is not None:
         acting_setup.manager.listen(partial(_note, incidents, tell))
-        held_out = HeldOutEpisodes(acting_setup, policy, once, device, seed=seed, progress=progress)
+        held_out = _episodes(policy, once, device, acting_setup, seed)
     for start in range(0, len(dataset), rows_at_once):
         places = range(start, min(start + rows_at_once, len(dataset)))
         if held_out is None:
             groups = await _complete(policy, dataset, prompt_ids, places, once, device, (seed, 0), progress)
         else:
-            groups = await held_out.run([_prompt_of(policy, dataset, prompt_ids, i, -1 - i) for i in places])
+            prompts = [_prompt_of(policy, dataset, prompt_ids, i, -1 - i) for i in places]
+            groups = await held_out.complete(prompts, Evaluate(version=0, weights=policy.weights), on_row)
         texts += [group.rollouts[0].text for group in groups]
         if rewards is not None:
             for result in await rewards.score_groups(groups, tell=partial(_note, None, tell)):
@@ -169,7 +177,7 @@ async def evaluate(
                 for name, (score,) in result.scores.items():
                     scores.setdefault(name, []).extend([] if score is None else [score])
         if held_out is not None:
-            held_out.conversations.forget(())
+            held_out.forget(groups)
     if acting_setup is not None:
         acting_setup.manager.listen(None)
     return Evaluation(
@@ -181,8 +189,27 @@ async def evaluate(
     )
 
 
+def _episodes(
+    policy: Policy, generation: GenerationConfig, device: DeviceThread, acting_setup: ActingSetup, seed: int
+) -> EpisodeDecoder:
+    return EpisodeDecoder(
+        partial(policy.engine, generation),
+        device,
+        conversations=acting_setup.conversations(),
+        limits=EpisodeLimits(
+            num_generations=generation.num_generations,
+            max_completion_length=generation.max_completion_length,
+            context=acting_setup.rules.context,
+            max_turns=acting_setup.rules.max_turns,
+        ),
+        seed=seed,
+        decode_text=policy.tokenizer.decode_sampled,
+        report=Reporter("evaluation"),
+    )
+
+
 def _by_row(incident: Incident) -> Incident:
-    return msgspec.structs.replace(incident, gid=None if incident.gid is None else number_of_row(incident.gid))
+    return msgspec.structs.replace(incident, gid=None if incident.gid is None else row_of(incident.gid))
 
 
 def _note(kept: list[Incident] | None, tell: Callable[[Incident], None] | None, incident: Incident) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import msgspec
 
-from troupe.actors.checkpointer import CheckpointWriter, gids_of
+from troupe.actors.checkpointer import CheckpointWriter, Judged, gids_of
+from troupe.actors.evaluator.ledger import EvaluationLedger
 from troupe.actors.generator.local import Start
 from troupe.actors.generator.weights_files import WeightsFiles
 from troupe.actors.learner.train import BatchTrainer
@@ -26,6 +27,7 @@ from troupe.records.trend import stored_rewards
 from troupe.run.cluster import OpenNetwork, open_network
 from troupe.run.config import config_table
 from troupe.run.prepare import Prepared, prepare
+from troupe.run.sets import OF_EVALUATION
 from troupe.runtime.board import Credits, PolicyBoard
 from troupe.runtime.device import DeviceThread
 from troupe.runtime.machine import VERSION, describe_machine
@@ -93,8 +95,10 @@ class Ledgers:
             before_opening=check_folder,
             thread=factories.sink_thread,
         )
-        """Closed when held-out rows have been told, too."""
-        self.writer = _make_writer(prepared, factories, self.sinks, check_folder)
+        self.evaluations = EvaluationLedger(
+            [each.name for each in prepared.inputs.sets], prepared.start.evaluated, prepared.folder
+        )
+        self.writer = _make_writer(prepared, factories, self, check_folder)
         self.files: WeightsFiles | None = None
         """Weights for the generator's processes, where it has any; close them at the end, too."""
         if schedule.generator == "process":
@@ -107,14 +111,19 @@ class Ledgers:
 
 
 def _make_writer(
-    prepared: Prepared, factories: Factories, sinks: Sinks, check_folder: Callable[[], None]
+    prepared: Prepared, factories: Factories, ledgers: Ledgers, check_folder: Callable[[], None]
 ) -> CheckpointWriter:
     config, policy = prepared.config, prepared.start.policy
     # by themselves: the writer must not keep the weights that the run began with
     rewards, identity, stop_ids = prepared.inputs.rewards, prepared.start.identity, policy.eos_ids
     table, machine = config_table(config), prepared.rounding
     files_of = policy.base.files_of
-    network = policy.config
+    network, metric, evaluations = policy.config, config.checkpoint.metric_for_best, ledgers.evaluations
+
+    def judged() -> Judged:
+        if not metric.startswith(OF_EVALUATION):
+            return Judged()
+        return Judged(evaluations.values(metric), evaluations.pending.keys())
 
     def run_state(snapshot: Snapshot) -> RunState:
         standing = rewards.standing(snapshot.version)
@@ -137,10 +146,11 @@ def _make_writer(
         policy.config,
         policy.companions,
         run_state=run_state,
-        made=lambda: Made(config=table, machine=machine, lacking=sinks.lacking()),
+        made=lambda: Made(config=table, machine=machine, lacking=ledgers.sinks.lacking()),
         adapter_files=lambda weights: files_of(network, weights),
         check_folder=check_folder,
         ledger=_checkpoints_so_far(prepared),
+        judged=judged,
     )
 
 

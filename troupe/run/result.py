@@ -34,11 +34,13 @@ class RunResult(msgspec.Struct, frozen=True, kw_only=True):
     rewards_before: dict[str, float] = {}
     """Mean score of each reward on the held-out rows, greedy, before training; those that scored none are left out."""
     rewards_after: dict[str, float] = {}
+    stopped_early: str = ""
+    """Why the run ended before its last step, where `evaluation.patience` had it end."""
 
     @property
     def complete(self) -> bool:
-        """Whether every step was made; otherwise the run can be resumed."""
-        return self.steps >= self.total_steps
+        """Whether every step was made, or none more is to be; otherwise the run can be resumed."""
+        return self.steps >= self.total_steps or bool(self.stopped_early)
 
 
 def write_summary(result: RunResult) -> None:

@@ -32,7 +32,7 @@ _ENVIRONMENT = "environment"
 _TOLD_AFTER_S, _LONG_S = 2.0, 10.0
 """A wait for an environment is told of, and something may be wrong with it."""
 _MOST_NAMED, _LONGEST_NAME = 3, 60
-DEVICE_ACTORS = frozenset({"generator", "learner", "checkpointer"})
+DEVICE_ACTORS = frozenset({"generator", "learner", "checkpointer", "evaluator"})
 """Actors whose work is long by nature, and cannot be told from a hang but by its name."""
 
 
@@ -178,7 +178,7 @@ def of_actors(actors: Iterable[Actor], now_s: float, most_tokens: int) -> Activi
             environment = _waits_of(actor.report.doing, now_s)
             continue
         spans = [span for span in actor.report.doing if span.kind == "work"]
-        told = _of(actor.name, spans)
+        told = actor.activity or _of(actor.name, spans)
         if told is None or (actor.name == "checkpointer" and parts):
             continue
         parts.append(told)

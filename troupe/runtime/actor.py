@@ -64,6 +64,11 @@ class Actor(ABC):
         """How much of the work in hand is done, in a unit that the actor names; 0 where that is not known."""
         return 0
 
+    @property
+    def activity(self) -> str:
+        """What it is at, in words, where its spans do not say it well enough."""
+        return ""
+
     def members(self) -> Sequence[MemberStatus]:
         """Who does this actor's work in processes of their own, here or elsewhere."""
         return ()

@@ -45,7 +45,9 @@ class Tab:
 
     def of_each(self, told: str) -> Any:
         """`told` of every chart's state `s`, when what was asked for is drawn."""
-        self.page.wait_for_timeout(60)
+        self.page.wait_for_timeout(30)  # a frame
+        while self.page.evaluate(f"{STATES}.some((s) => s.stale)"):
+            self.page.wait_for_timeout(10)
         return self.page.evaluate(f"{STATES}.map((s) => {told})")
 
     def close(self) -> None:
@@ -105,7 +107,7 @@ def _smooth(tab: Tab, loss: str) -> None:
 
 
 def _change_the_axis(tab: Tab) -> None:
-    for axis, first, last in (("time", 2.0, 200.0), ("tokens", 100.0, 10000.0), ("step", 1, 100)):
+    for axis, first, last in (("time", 0, 200), ("tokens", 0, 10000), ("step", 1, 100)):
         tab.page.click(f"[data-axis={axis}]")
         assert tab.of_each("[s.plot.scales.x.min, s.plot.scales.x.max]")[0] == [first, last]
 

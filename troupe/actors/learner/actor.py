@@ -8,6 +8,7 @@ import anyio
 import msgspec
 from anyio.abc import TaskGroup
 
+from troupe.actors.evaluator.asking import Evaluations
 from troupe.actors.learner.gathering import Gathering, StepGroups, gid_of, slot_of
 from troupe.actors.learner.measures import (
     StepMeter,
@@ -47,6 +48,8 @@ class LearnerOutputs(msgspec.Struct, frozen=True, kw_only=True):
     closed_to_metrics: Channel[GroupClosed]
     updates: Channel[Update]
     snapshots: Channel[Snapshot]
+    evaluations: Evaluations | None = None
+    """To the evaluator, where there is one."""
 
 
 class Learner(Actor):
@@ -81,7 +84,13 @@ class Learner(Actor):
         """`keep_rate`: writes down that the peak learning rate changes, before it does; OSError where it cannot be."""
         super().__init__(
             inbox,
-            [outputs.closed_to_prompter, outputs.closed_to_metrics, outputs.updates, outputs.snapshots],
+            [
+                outputs.closed_to_prompter,
+                outputs.closed_to_metrics,
+                outputs.updates,
+                outputs.snapshots,
+                *([] if outputs.evaluations is None else [outputs.evaluations.channel]),
+            ],
             report,
         )
         self._to = outputs
@@ -140,11 +149,16 @@ class Learner(Actor):
             self._watching.start_soon(others.watch)
             await others.meet(self._device)
         await self._device.run(self._trainer.open)
+        if (evaluations := self._to.evaluations) is not None:
+            await evaluations.begin(self.version, self.weights)
+            await self._end_early()
         await self._learn_what_is_ready()
 
     async def finish(self) -> None:
         """The run is over: its last version becomes the final policy."""
         await self._send_snapshot(final=True)
+        if (evaluations := self._to.evaluations) is not None:
+            await evaluations.ask_last(self.version, self.weights)
 
     async def stop(self) -> None:
         """End the other ranks."""
@@ -162,6 +176,7 @@ class Learner(Actor):
 
     async def _learn_what_is_ready(self) -> None:
         while self._gathering.is_ready(self.version):
+            await self._end_early()
             if not self._snapshots.beside_learning:
                 with self.report.span("wait for checkpoint", step=self.version, kind="wait"):
                     await self._to.snapshots.settled()
@@ -191,6 +206,14 @@ class Learner(Actor):
         await self._check_finite(learned)
         if self.version % self._snapshots.every == 0 and self.version < self._trainer.total_steps:
             await self._send_snapshot()
+        if (evaluations := self._to.evaluations) is not None:
+            await evaluations.ask(self.version, self.weights)
+
+    async def _end_early(self) -> None:
+        """Go no further where the run gets no better: who runs it ends it."""
+        evaluations = self._to.evaluations
+        if evaluations is not None and await evaluations.end_run(self.version):
+            await anyio.sleep_forever()
 
     def _count_rows(self, step: StepGroups) -> tuple[dict[str, float], str]:
         """Have the curriculum know what the step came to; its metrics, and what to tell where no row is left."""
@@ -283,6 +306,7 @@ class Learner(Actor):
 
     def snapshot(self, *, final: bool = False) -> Snapshot:
         """Everything a checkpoint of the last completed batch needs, by reference."""
-        return self._snapshots.make(
-            self._state, self.inbox, self._board.kept, self._gathering.unfinished(), final=final
-        )
+        needed, evaluations = self._board.kept, self._to.evaluations
+        if evaluations is not None:
+            needed = {**evaluations.pending, **needed}
+        return self._snapshots.make(self._state, self.inbox, needed, self._gathering.unfinished(), final=final)

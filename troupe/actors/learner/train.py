@@ -153,7 +153,7 @@ class BatchTrainer:
             assembled = self.assemble(trained, step.oldest if step.drops_stale else None)
             batch = assembled.batch
             advantages = {gid_of(group): a for group, a in zip(trained, assembled.advantages, strict=True)}
-            metrics = {**assembled.metrics, **metrics, "tokens/trained": float(batch.completion_mask.sum())}
+            metrics = {**assembled.metrics, **metrics}
         self.told(state.version, batch, self.learning_rates(state.version))
         state, of_result = self.advance(state, batch, end_part)
         state = msgspec.structs.replace(state, num_tokens=state.num_tokens + num_tokens(step.groups))
@@ -297,8 +297,8 @@ class Snapshots:
     ) -> Snapshot:
         """Everything a checkpoint of `state` needs, by reference.
 
-        `published`: the versions on the board; `collected`: the groups that the learner has; those in its `inbox` are
-        found there.
+        `published`: the versions on the board, and those still to be evaluated; `collected`: the groups that the
+        learner has; those in its `inbox` are found there.
         """
         means = {name: total / count for name, (total, count) in self._sums.items()}
         return Snapshot(

@@ -76,7 +76,7 @@ def compare_page(found: RunComparison) -> str:
         sections=laid.sections,
         held_out=list(held_out_tables(found)),
         has_prompts=bool(prompts),
-        sick=[(run.name, run.picture.diagnosis) for run in found.runs if run.picture.diagnosis],
+        findings=[(run.name, told) for run in found.runs if (told := run.picture.diagnosis)],
         notes=[(run.name, note) for run in found.runs for note in run.picture.notes],
     )
 

@@ -14,6 +14,7 @@ from troupe.errors import InputError, OutputError
 from troupe.messages import Finding, Phase, Status
 from troupe.records.curves import Thinned, Thinner
 from troupe.records.diagnosis import Diagnosis, in_a_line
+from troupe.records.diagnosis.past import awaiting
 from troupe.records.layout import CHANGES, METRICS, RUN_TOML, STORE
 from troupe.records.report.run_time import RunTime
 from troupe.records.sinks.jsonl import decode_step
@@ -141,11 +142,11 @@ def read_run(folder: Path, status: Status | None = None, notes: Sequence[str] = 
     fate = read_standing(folder)
     notes = list(notes)
     config, config_text = _config(folder, notes)
-    diagnosis = Diagnosis(config)
+    diagnosis = awaiting(config, folder)
     stored, metrics, seconds = _stored(folder, notes, diagnosis)
     lines = folder / METRICS
     if (not metrics.steps or metrics.steps[0] > metrics.steps_a_point) and lines.is_file():  # none, or not from step 1
-        of_lines = Diagnosis(config)
+        of_lines = awaiting(config, folder)
         told = _from_lines(lines, notes, of_lines)
         if told.steps and (not metrics.steps or told.steps[-1] >= metrics.steps[-1]):
             metrics, diagnosis = told, of_lines

@@ -12,11 +12,9 @@ from typing import Any
 import msgspec
 
 from troupe.errors import OutputError
-from troupe.messages import Evaluated
 from troupe.records.layout import RUN_TOML, STORE
 from troupe.records.store import completions
 from troupe.records.store.completions import Key, Piece, Query, StoredCompletion
-from troupe.records.store.evaluations import stored_evaluations
 from troupe.records.store.format import DamagedStoreError, connect_to_read, is_in_use, refuse_newer
 from troupe.records.store.glance import Glance, read_glance
 from troupe.records.store.members import StoredMember, stored_members
@@ -185,10 +183,6 @@ class StoredRun:
         if not ask("SELECT count(*) FROM sqlite_master WHERE name = 'machines'").fetchone()[0]:
             return {}
         return dict(ask("SELECT start, machine FROM machines WHERE machine != '' ORDER BY start"))
-
-    def evaluations(self) -> list[Evaluated]:
-        """Every evaluation without its rows, by version."""
-        return stored_evaluations(self._connection)
 
     def members(self) -> list[StoredMember]:
         """Who did work in a process of its own, start by start."""

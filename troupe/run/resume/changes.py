@@ -81,6 +81,7 @@ RULES: dict[str, Rule] = {
     "schedule.watchdog_s": "free",
     "schedule.*": "by name",
     "checkpoint.*": "free",
+    "evaluation.*": "free",
     "metrics.*": "free",
     "daemon.*": "free",
     "cluster.*": "free",

@@ -86,7 +86,7 @@ function drawCurves() {
     place.hidden = chart.optional && !chart.lines.some(([metric]) => column(metric).length);
     if (place.hidden) return;
     const { key, title, about, format, smooth, least: min } = chart;
-    troupeChart(place, { key, title, about, format, smooth, min, empty: curves.step.length ? "" : "no step yet", series: seriesOf(chart, x) });
+    troupeChart(place, { key, title, about, format, smooth, min, empty: curves.step.length ? "" : "comes with the first step", series: seriesOf(chart, x) });
   });
 }
 

@@ -112,7 +112,8 @@ function calmly() {
   for (const { kind, times } of incidents) if (!(kind in status.incidents)) kinds[kind] = (kinds[kind] || 0) + (times || 1);
   const count = sum(kinds);
   if (!count) return "Nothing needs your attention.";
-  return `Nothing holds the run up now. Look at ${count === 1 ? "the incident" : `the ${whole(count)} incidents`} below: ${listed(kinds)}.`;
+  const waits = status.activity && status.activity.waiting; // said above
+  return `${waits ? "" : "Nothing holds the run up now. "}Look at ${count === 1 ? "the incident" : `the ${whole(count)} incidents`} below: ${listed(kinds)}.`;
 }
 
 // as records/diagnosis/words.py tells it
@@ -132,8 +133,10 @@ function showNotes() {
     notes.push([goesOn ? "warn" : "bad", `Start ${attempt} of ${limit} after a failure ${when}: ${reason}`]);
   }
   if (!over && status.notice) notes.push(["warn", status.notice]);
-  for (const reason of status.held) notes.push(["warn", `No step is begun: ${reason}`]);
-  for (const [name, reason] of Object.entries(status.rewards_down)) notes.push(["warn", `The reward ${name} is down: ${reason}`]);
+  const down = Object.entries(status.rewards_down).map(([name, reason]) => ({ name, reason, sign: `reward ${name} is down` }));
+  const holds = ({ sign }) => status.held.some((reason) => reason.startsWith(sign));
+  for (const reason of status.held) if (!down.some(({ sign }) => reason.startsWith(sign))) notes.push(["warn", `No step is begun: ${reason}`]);
+  for (const one of down) notes.push(["warn", `The ${one.sign}${holds(one) ? ", so no step is begun" : ""}: ${one.reason}`]);
   for (const finding of status.findings.slice(0, FINDINGS)) notes.push(["warn", diagnosed(finding)]);
   if (status.findings.length > FINDINGS) notes.push(["warn", `Diagnosis: ${status.findings.length - FINDINGS} more`]);
   if (Object.keys(status.restarts).length) notes.push(["", `Actors that were made anew: ${Object.entries(status.restarts).map(([name, times]) => `${name} ${times}×`).join(", ")}`]);

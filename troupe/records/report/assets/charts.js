@@ -18,7 +18,7 @@
   const states = new WeakMap();
   const charts = new Set();
   const { values: chosen, choose } = chartSettings;
-  const { isLog, isShown, prepare, colour, forgetColours, horizontalReach, sizeOf, plotted } = chartPlot;
+  const { isLog, isShown, prepare, colour, forgetColours, horizontalReach, wholeReach, sizeOf, plotted } = chartPlot;
   let aloud = null;
 
   // ---- one chart
@@ -27,7 +27,7 @@
     element.classList.add("chart");
     element.replaceChildren();
     const caption = html("figcaption", "", element);
-    const state = { element, off: new Set(), width: 0, plot: null };
+    const state = { element, off: new Set(), size: null, cursor: null, plot: null };
     state.title = html("span", "chart-title", caption);
     state.at = html("span", "chart-at", caption);
     state.value = html("span", "chart-value", caption);
@@ -41,7 +41,10 @@
     state.box.addEventListener("pointermove", (event) => touchAt(state, event));
     state.legend = html("div", "legend", element);
     if (typeof ResizeObserver === "function") {
-      new ResizeObserver(() => { if (state.plot && state.box.clientWidth !== state.width) resize(state); }).observe(state.box);
+      new ResizeObserver(() => {
+        const { width, height } = sizeOf(state);
+        if (state.plot && (width !== state.size.width || height !== state.size.height)) resize(state);
+      }).observe(state.box);
     }
     states.set(element, state);
     return state;
@@ -56,7 +59,7 @@
     const empty = whyEmpty(state);
     if (empty) html("div", "chart-empty", state.box, empty);
     else state.plot = plotted(state, { moved: (plot) => moved(state, plot), selected, reset: () => choose({ view: null }) });
-    state.width = state.box.clientWidth;
+    state.size = sizeOf(state);
     readOut(state);
   }
 
@@ -75,13 +78,15 @@
     prepare(state);
     showTitle(state);
     if (whyEmpty(state)) return draw(state);
-    state.plot.batch(() => state.plot.setData(state.data, true));
+    quietly(() => state.plot.batch(() => state.plot.setData(state.data, true)));
+    place(state);
     return readOut(state);
   }
 
   function resize(state) {
-    state.width = state.box.clientWidth;
-    state.plot.setSize(sizeOf(state));
+    state.size = sizeOf(state);
+    quietly(() => state.plot.batch(() => state.plot.setSize(state.size)));
+    place(state);
   }
 
   function showTitle(state) {
@@ -93,22 +98,31 @@
 
   // ---- where the reader looks: the same place in all charts
 
-  let looking = false;
+  let quiet = false;
+
+  // what uPlot does to the cursor by itself moves no other chart's
+  function quietly(act) {
+    quiet = true;
+    act();
+    quiet = false;
+  }
 
   function moved(state, plot) {
-    if (looking) return;
+    if (quiet) return;
     const { left } = plot.cursor;
     showCursor(left === null || left < 0 ? null : plot.posToVal(left, "x"));
   }
 
+  function place({ plot, cursor }) {
+    if (plot) quietly(() => plot.setCursor({ left: cursor === null ? -10 : plot.valToPos(cursor, "x"), top: cursor === null ? -10 : 4 }));
+  }
+
   function showCursor(x) {
-    looking = true;
     for (const state of connected()) {
       state.cursor = x;
-      if (state.plot) state.plot.setCursor({ left: x === null ? -10 : state.plot.valToPos(x, "x"), top: x === null ? -10 : 4 });
+      place(state);
       readOut(state);
     }
-    looking = false;
   }
 
   function* connected() {
@@ -121,7 +135,7 @@
   // figures at the cursor, else the newest
   function readOut(state) {
     const { spec, cursor, lines } = state;
-    const away = cursor === null || cursor === undefined;
+    const away = cursor === null;
     const at = away || !state.xs.length ? null : state.xs[nearestPlace(state.xs, cursor)];
     const texts = lines.map((line) => {
       const place = away ? line.y.findLastIndex(known) : line.x.length ? nearestPlace(line.x, cursor) : -1;
@@ -185,7 +199,7 @@
   function zoomBy(state, factor) {
     const [min, max] = horizontalReach(state);
     const middle = known(state.cursor) ? state.cursor : (min + max) / 2;
-    const [first, last] = [state.xs[0], state.xs[state.xs.length - 1]];
+    const [first, last] = wholeReach(state);
     const view = { min: Math.max(first, middle - (middle - min) * factor), max: Math.min(last, middle + (max - middle) * factor) };
     choose({ view: view.min <= first && view.max >= last ? null : view });
   }
@@ -238,21 +252,53 @@
 
   // ---- all charts
 
-  function drawAll(how = redraw) {
-    for (const state of connected()) how(state);
+  // those before the reader at once, the others when there is time: a slider waits for what is seen only
+  let next = 0;
+
+  function drawStale(all) {
+    const { innerHeight: height } = window;
+    for (const state of connected()) {
+      if (!state.stale) continue;
+      const { top, bottom } = state.element.getBoundingClientRect();
+      if (!all && (bottom < 0 || top > height)) continue;
+      const how = state.stale;
+      state.stale = null;
+      how(state);
+      if (all === "one") return;
+    }
   }
 
-  let waiting = 0;
+  function drawRest() {
+    drawStale("one");
+    next = [...connected()].some(({ stale }) => stale) ? setTimeout(drawRest) : 0;
+  }
+
+  function drawAll(how) {
+    for (const state of connected()) state.stale = state.stale === draw ? draw : how;
+    clearTimeout(next);
+    cancelAnimationFrame(next);
+    next = requestAnimationFrame(() => {
+      drawStale(false);
+      next = setTimeout(drawRest, 40);
+    });
+  }
+
   chartSettings.listen((changes) => {
-    const colours = "theme" in changes;
-    if (colours) forgetColours();
-    cancelAnimationFrame(waiting);
-    waiting = requestAnimationFrame(() => drawAll("smoothing" in changes || "view" in changes ? redraw : draw));
+    if ("theme" in changes) forgetColours();
+    drawAll("smoothing" in changes || "view" in changes ? redraw : draw);
   });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { forgetColours(); drawAll(draw); });
+  addEventListener("scroll", () => drawStale(false), { passive: true });
   // paper is light
-  addEventListener("beforeprint", () => { document.documentElement.dataset.theme = "light"; forgetColours(); drawAll(draw); });
-  addEventListener("afterprint", () => { chartSettings.choose({}); forgetColours(); drawAll(draw); });
+  function drawForPaper(theme) {
+    if (theme) document.documentElement.dataset.theme = theme;
+    else chartSettings.choose({});
+    forgetColours();
+    drawAll(draw);
+    drawStale(true);
+  }
+  addEventListener("beforeprint", () => drawForPaper("light"));
+  addEventListener("afterprint", () => drawForPaper(""));
 
   function troupeChart(element, spec) {
     const state = states.get(element) || build(element);

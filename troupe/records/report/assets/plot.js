@@ -43,7 +43,7 @@ const chartPlot = (() => {
     });
     state.data = [xs, ...raw, ...smooth];
     state.bands = state.lines.map((line) => {
-      const even = (values) => (isSmooth(state, line) ? smoothedBy(values, chosen.smoothing) : values);
+      const even = (values) => (isSmooth(state, line) ? evenedBy(values, chosen.smoothing) : values);
       return line.bands.map(({ low, high }) => ({ low: even(low), high: even(high) }));
     });
   }
@@ -51,10 +51,12 @@ const chartPlot = (() => {
   const shownLines = (state) => state.lines.filter((line) => isShown(state, line));
 
   function horizontalReach(state) {
-    if (chosen.view) return [chosen.view.min, chosen.view.max];
-    const { xs } = state;
+    return chosen.view ? [chosen.view.min, chosen.view.max] : wholeReach(state);
+  }
+
+  function wholeReach({ xs }) {
     if (!xs.length) return [0, 1];
-    const [first, last] = [xs[0], xs[xs.length - 1]];
+    const [first, last] = [Math.min(xs[0], AXES[chosen.axis].least ?? Infinity), xs[xs.length - 1]];
     return first === last ? [first - 0.5, last + 0.5] : [first, last];
   }
 
@@ -101,7 +103,7 @@ const chartPlot = (() => {
         bind: { dblclick: () => () => { does.reset(); return null; } },
         dataIdx: (plot, i, near) => (i ? knownNear(plot.data[i], near) : near),
         move: (plot, left, top) => [snapped(plot, left), top],
-        points: { size: 8, width: 1.5, stroke: () => colour("surface"), fill: stroke, show: (plot, i) => (i <= count ? html("i", "chart-dot") : null) },
+        points: { size: 8, width: 1.5, stroke: () => colour("surface"), fill: (plot, i) => colour(`series-${lineOf(i).colour}`), show: (plot, i) => (i <= count ? html("i", "chart-dot") : null) },
       },
       hooks: {
         drawAxes: [(plot) => { wordsAlong(plot); under(state, plot); }],
@@ -138,13 +140,15 @@ const chartPlot = (() => {
     const { min, max } = plot.scales.x;
     const xs = plot.data[0];
     const axis = AXES[chosen.axis];
-    const first = Math.max(min, xs[0]);
+    const first = Math.max(min, Math.min(xs[0], axis.least ?? Infinity));
     const unit = axis.unit(max);
     const room = plot.bbox.width / devicePixelRatio;
     const ticks = roundTicks(first / unit, max / unit, Math.max(2, room / 78), axis.whole).map((tick) => tick * unit);
-    const clear = first + ((8 * axis.told(first).length + 18) / room) * (max - min);
+    const clear = first + ((8 * firstTick(first, unit).length + 18) / room) * (max - min);
     return [first, ...ticks.filter((tick) => tick > clear && tick <= max)];
   }
+
+  const firstTick = (place, unit) => `${AXES[chosen.axis].title.toLowerCase()} ${AXES[chosen.axis].tick(place, unit)}`;
 
   function wordsAlong(plot) {
     const { ctx, bbox } = plot;
@@ -157,10 +161,10 @@ const chartPlot = (() => {
     ctx.textBaseline = "top";
     ticksAlong(plot).forEach((tick, i) => {
       const x = plot.valToPos(tick, "x", true);
-      const text = i ? axis.tick(tick, unit) : axis.told(tick);
+      const text = i ? axis.tick(tick, unit) : firstTick(tick, unit);
       const half = ctx.measureText(text).width / 2;
       ctx.textAlign = "center";
-      ctx.fillText(text, Math.min(Math.max(x, bbox.left + half - 4 * ratio), bbox.left + bbox.width - half + 8 * ratio), bbox.top + bbox.height + 6 * ratio);
+      ctx.fillText(text, Math.min(Math.max(x, bbox.left + half), bbox.left + bbox.width - half + 8 * ratio), bbox.top + bbox.height + 6 * ratio);
     });
     ctx.restore();
   }
@@ -232,5 +236,5 @@ const chartPlot = (() => {
 
   const plotted = (state, does) => new uPlot(options(state, does), state.data, state.box);
 
-  return { isLog, isShown, prepare, colour, forgetColours, horizontalReach, sizeOf, plotted };
+  return { isLog, isShown, prepare, colour, forgetColours, horizontalReach, wholeReach, sizeOf, plotted };
 })();

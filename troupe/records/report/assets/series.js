@@ -38,6 +38,12 @@ function smoothedBy(values, weight) {
   });
 }
 
+// Smooth, too, and neither late nor early: the edges of a band, which may jump from one value to another and back.
+function evenedBy(values, weight) {
+  const slow = (1 + weight) / 2;
+  return smoothedBy(smoothedBy(values, slow).reverse(), slow).reverse();
+}
+
 function reachOf(lists, low = Infinity, high = -Infinity) {
   for (const list of lists) {
     for (const value of list) {
