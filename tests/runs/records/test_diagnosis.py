@@ -61,7 +61,7 @@ def test_what_is_asked_elsewhere_gets_worse(ragged_model: Path, tmp_path: Path) 
     """Training wants low ids, the evaluation high ones."""
     code = tmp_path / "ids.py"
     code.write_text(
-        "def low(completion_ids, **_):\n    return [sum(i < 128 for i in ids) / len(ids) for ids in completion_ids]\n\n\n"
+        "def low(completion_ids, **_):\n    return [sum(i < 128 for i in ids) / len(ids) for ids in completion_ids]\n"
         "def high(completion_ids, **_):\n    return [1.0 - score for score in low(completion_ids)]\n"
     )
     asked = {"name": "high", "path": str(write_prompts(tmp_path / "asked.json")), "rewards": [f"{code}:high"]}
