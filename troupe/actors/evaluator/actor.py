@@ -60,8 +60,13 @@ class Evaluator(Actor):
 
     @property
     def activity(self) -> str:
-        """What is evaluated, and how far it is."""
-        return f"{self._doing}: rows {self._done:,} / {self._total:,}" if self._doing else ""
+        """What is evaluated."""
+        return self._doing
+
+    @property
+    def progress(self) -> str:
+        """How many rows are completed."""
+        return f"rows {self._done:,} / {self._total:,}" if self._doing else ""
 
     async def handle(self, message: Evaluate) -> None:
         """Evaluate every set that has no result of the version yet."""
