@@ -209,6 +209,14 @@ class StoredRun:
         ends = self._connection.execute("SELECT min(step), max(step) FROM completions").fetchone()
         return [step for step in dict.fromkeys(ends) if step is not None]
 
+    def rows_seen_most(self, count: int) -> list[int]:
+        """The dataset rows that most groups were of, and more than one."""
+        sql = (
+            "SELECT row FROM groups WHERE row IS NOT NULL GROUP BY row HAVING count(*) > 1"
+            " ORDER BY count(*) DESC, row LIMIT ?"
+        )
+        return [row for (row,) in self._connection.execute(sql, (count,))]
+
     def reward_names(self) -> list[str]:
         """The rewards of the newest group."""
         row = self._connection.execute("SELECT scores FROM completions ORDER BY step DESC LIMIT 1").fetchone()
