@@ -30,8 +30,9 @@ def add_checkpoint(run: Path, step: int, *, whole: bool = True) -> None:
         (folder / "MANIFEST.json").write_text("{}")
 
 
-def add_summary(run: Path, steps: int, total_steps: int) -> None:
-    (run / "summary.json").write_text(json.dumps({"steps": steps, "total_steps": total_steps, "version": steps}))
+def add_summary(run: Path, steps: int, total_steps: int, **more: str) -> None:
+    table = {"steps": steps, "total_steps": total_steps, "version": steps, **more}
+    (run / "summary.json").write_text(json.dumps(table))
 
 
 def dead_owner(run: Path, host: str | None = None) -> int:
@@ -64,6 +65,12 @@ def test_a_run_that_has_a_summary(run: Path, step: int, fate: str, described: st
     found = read_standing(run)
     assert (found.fate, found.step, found.total_steps, found.checkpoint) == (fate, step, 100, f"step-{step:08d}")
     assert describe_standing(found) == described.replace("RUN", str(run))
+
+
+def test_a_run_that_got_no_better_is_complete(run: Path) -> None:
+    add_checkpoint(run, 8)
+    add_summary(run, 8, 9, stopped_early="m was no better than 0.5")
+    assert describe_standing(read_standing(run)) == "complete: 8 of 9 steps; m was no better than 0.5"
 
 
 def test_a_run_that_a_daemon_kept_is_gone_on_with_by_one(run: Path) -> None:
