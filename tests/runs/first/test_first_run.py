@@ -58,6 +58,7 @@ def test_the_run_folder_holds_what_the_readme_says(first: First) -> None:
         "run.toml",
         "summary.json",
         "metrics.jsonl",
+        "evaluations.jsonl",
         "trace.json",
         "run.sqlite",
         "checkpoints",
