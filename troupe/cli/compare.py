@@ -17,6 +17,7 @@ from troupe.records.compare.words import (
     HeldOutTable,
     about_figures,
     figures_told,
+    findings_told,
     held_out_tables,
     run_figures,
     setting_rows,
@@ -56,6 +57,8 @@ def show(found: RunComparison, width: int) -> Iterator[str]:
         yield from ["", "No setting differs."]
     for one in held_out_tables(found):
         yield from ["", f"Held-out rows: {one.name}", *_held_out(one, width)]
+    findings = [f"{run.name}: {told}" for run in found.runs if (told := findings_told(run))]
+    yield from ["", *findings] if findings else []
     notes = [f"{run.name}: {note}" for run in found.runs for note in run.picture.notes]
     yield from ["", *notes] if notes else []
 
@@ -111,6 +114,7 @@ def as_builtins(found: RunComparison) -> dict[str, Any]:
         told = {"name": run.name, "folder": picture.folder, "state": picture.state, "step": picture.step}
         told |= {"total_steps": picture.total_steps, "seed": run.seed, "tokens": picture.tokens}
         told |= {"seconds": picture.seconds, "reward": run.figures, "notes": picture.notes}
+        told["findings"] = picture.findings
         told["held_out"] = {name: held_out.figures for name, held_out in run.held_out.items()}
         told["against_first"] = {
             name: pair

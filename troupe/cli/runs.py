@@ -11,6 +11,7 @@ from troupe.cli.commands import report_errors
 from troupe.cli.status import duration
 from troupe.cli.tables import Column, screen_width, table
 from troupe.records.compare.listing import Ends, ListedRun, find_runs, list_run
+from troupe.records.compare.words import figure_told
 from troupe.records.text import MISSING
 from troupe.runtime.terminal import tell, tell_json
 
@@ -19,12 +20,13 @@ _COLUMNS = (
     Column("state"),
     Column("steps", right=True, goes=2),
     Column("reward", goes=1),
-    Column("held-out", goes=3),
-    Column("when", goes=4),
-    Column("took", right=True, goes=5),
-    Column("data", goes=6),
-    Column("model", goes=7),
-    Column("seed", right=True, goes=8),
+    Column("held-out", goes=4),
+    Column("diagnosis", goes=3),
+    Column("when", goes=5),
+    Column("took", right=True, goes=6),
+    Column("data", goes=7),
+    Column("model", goes=8),
+    Column("seed", right=True, goes=9),
 )
 _DAY_S = 86_400.0
 
@@ -94,6 +96,7 @@ def _row(run: ListedRun, now_s: float) -> list[str]:
         f"{run.step:,}{of}",
         _ends(run.reward),
         _ends(run.held_out, run.held_out_metric),
+        _findings(run.findings),
         _when(run.newest_unix_s, now_s),
         "" if run.seconds is None else duration(run.seconds),
         run.data or "",
@@ -110,7 +113,12 @@ def _ends(ends: Ends, metric: str | None = None) -> str:
 def _figure(value: float | None, metric: str | None) -> str:
     if value is None:
         return MISSING
-    return f"{100 * value:.1f} %" if metric == "accuracy" else f"{value:.3g}".replace("-", "−")
+    return figure_told((metric or "").rpartition("/")[2], value)
+
+
+def _findings(rules: Sequence[str]) -> str:
+    """The first, and how many more."""
+    return "" if not rules else rules[0] if len(rules) == 1 else f"{rules[0]} (+{len(rules) - 1})"
 
 
 def _when(unix_s: float | None, now_s: float) -> str:

@@ -6,6 +6,9 @@ from typing import Any
 
 import msgspec
 
+HELD_OUT = "held_out"
+"""Name of the set of `data.eval_path`."""
+
 
 class Evaluate(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Learner → Evaluator: look at a version. Its weights go by reference: never serialized."""

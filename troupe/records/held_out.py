@@ -4,6 +4,9 @@ from collections.abc import Mapping
 
 import msgspec
 
+from troupe.messages.evaluations import HELD_OUT
+from troupe.runtime.terminal import arrows, one_line
+
 _PREFIX = "eval/"
 _ERROR = "_se"
 _MOST_TELLING = ("accuracy", "avg@")
@@ -22,9 +25,14 @@ class SetStanding(msgspec.Struct, kw_only=True):
     error: float | None = None
     """Standard error of the newest."""
 
+    @property
+    def is_share(self) -> bool:
+        """Whether it is a part of 1."""
+        return self.figure.startswith(_SHARES)
+
     def __str__(self) -> str:
         def told(value: float) -> str:
-            return f"{value:.1%}" if self.figure.startswith(_SHARES) else f"{value:.3f}"
+            return f"{value:.1%}" if self.is_share else f"{value:.3f}"
 
         first, newest = next(iter(self.values)), next(reversed(self.values))
         error = "" if self.error is None else f" ± {told(self.error)}"
@@ -52,6 +60,13 @@ class HeldOut:
         if standing.figure in figures:
             standing.values[version] = figures[standing.figure]
             standing.error = figures.get(standing.figure + _ERROR)
+
+    def lines(self, encoding: str = "utf-8") -> list[tuple[str, str]]:
+        """(name, in words) of each set; of one that is alone with the rows of `data.eval_path` without its name."""
+        names = [""] if list(self.sets) == [HELD_OUT] else [one_line(name, encoding) for name in self.sets]
+        return [
+            (name, arrows(str(standing), encoding)) for name, standing in zip(names, self.sets.values(), strict=True)
+        ]
 
 
 def most_telling(figures: Mapping[str, float]) -> str | None:

@@ -178,13 +178,22 @@ def test_incidents_and_diagnosis_are_seen_in_every_window(width: int, height: in
     after = drawn(display, width, height)
     assert len(after) < height
     assert after[3].startswith("incidents  1  scorer: late")
-    assert after[4].startswith("diagnosis  nothing to learn ")
+    at = 5 if (width, height) == (40, 24) else 4  # where it is narrow, what is told of may take two lines
+    assert after[at].startswith("diagnosis  nothing to learn ")
+    if height > 10:
+        assert "try --set a.b=1" in " ".join(" ".join(after[at : at + 4]).split())
     if width > 100:
         assert after[4].endswith("92% of the groups are equal (since step 31); try --set a.b=1 (+1 more)")
     assert len(after) == len(before), "nothing jumps"
     assert "none" not in "".join(after)
     display.add(update(41))
     assert "nothing to learn" not in "".join(drawn(display, width, height))
+
+
+def test_the_one_set_of_rows_beside_the_prompts_needs_no_name() -> None:
+    display = climbing()
+    display.add(status(evaluated=(evaluated(0, 0.25, "held_out"),)))
+    assert line(display, "held-out") == "held-out  avg@4 0.250 ± 0.020 at step 0"
 
 
 def evaluated(version: int, value: float, name: str = "sums") -> Evaluated:
@@ -203,12 +212,31 @@ def test_held_out_rows_now_and_at_their_best(width: int) -> None:
     assert told in "\n".join(drawn(display, width))
 
 
+@pytest.mark.parametrize("width", [80, 160])
+def test_rows_by_pool_have_a_line_where_there_is_a_curriculum(width: int) -> None:
+    display = Display(RUN, clock=Clock())
+    display.add(update(1, reward=0.5))
+    assert "retired" not in "\n".join(drawn(display, width))
+    pools = {"curriculum/easy": 12.0, "curriculum/normal": 1500.0, "curriculum/hard": 3.0, "curriculum/retired": 0.0}
+    display.add(update(2, {"reward": 0.5} | pools))
+    assert "rows      easy 12   normal 1,500   hard 3   retired 0" in "\n".join(drawn(display, width))
+
+
 def test_reward_functions_share_a_line_where_there_are_several() -> None:
     display = Display(RUN, clock=Clock())
     display.add(update(2, {"reward": 0.5, "rewards/r0/mean": 0.5}))
     assert not [text for text in drawn(display) if text.startswith("rewards")]
     display.add(update(2, {"reward": 0.5} | {f"rewards/r{i}/mean": i / 8 for i in range(20)}))
     assert line(display, "rewards").startswith("rewards   r0 0.000   r1 0.125   r2 0.250")
+
+
+@pytest.mark.parametrize("height", [1, 2, 5, 7, 12])
+def test_a_window_of_few_lines_has_the_first_ones(height: int) -> None:
+    display = climbing()
+    display.add(Incident(actor="scorer", kind="odd", message="late"))
+    shown = drawn(display, 80, height)
+    assert [text.split()[0] for text in shown][:5] == ["kind-001", "steps", "now", "incidents", "reward"]
+    assert len(shown) <= max(5, height - 1)
 
 
 @pytest.mark.parametrize("width", [30, 44, 60, 80, 100, 140, 200])

@@ -4,7 +4,7 @@ Of each run little is read, so that hundreds take a second; whatever is damaged 
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,14 @@ import msgspec
 
 from troupe.dataset import source_name
 from troupe.errors import InputError, TroupeError
+from troupe.messages import Evaluated
+from troupe.records.compare.held_out import HeldOut, held_out_before, held_out_of
 from troupe.records.compare.settings import settings_of
 from troupe.records.layout import METRICS, RUN_TOML, STORE
 from troupe.records.report.picture import STATES, State, planned_steps
 from troupe.records.sinks.jsonl import decode_step
 from troupe.records.standing import Standing, Summary, read_standing, read_summary
+from troupe.records.store.evaluations import stored_evaluations
 from troupe.records.store.glance import Glance
 from troupe.records.store.read import open_store
 from troupe.runtime.files import read_toml
@@ -24,6 +27,7 @@ from troupe.runtime.lock import read_owner
 
 _DEEPEST = 3
 """Folders between the one that is looked through and a run."""
+_RULE = "diagnosis/"
 _TAIL_BYTES = 1 << 16
 _NO_RUN = ("checkpoints", "final", "node_modules", "__pycache__")
 """Folders in which nobody keeps runs."""
@@ -51,6 +55,9 @@ class ListedRun(msgspec.Struct, frozen=True, kw_only=True):
     held_out: Ends = (None, None)
     """On rows that are not trained on, by the first and by the newest evaluation: the first set's `held_out_metric`."""
     held_out_metric: str | None = None
+    """`eval/SET/FIGURE`."""
+    findings: tuple[str, ...] = ()
+    """The rules of the diagnosis that hold at the newest step."""
     began_unix_s: float | None = None
     newest_unix_s: float | None = None
     """When something was written last."""
@@ -100,10 +107,11 @@ def list_run(folder: Path, name: str) -> ListedRun:
         return ListedRun(name=name, folder=str(folder), state=None, note=str(error))
     notes: list[str] = []
     config = _config(folder, notes)
-    ends = _ends(folder, notes)
+    ends, evaluations = _ends(folder, notes)
     summary = read_summary(folder) or Summary()
     step = max(ends.step, fate.step)
-    metric, held_out = _held_out(summary if summary.steps >= step else Summary())
+    sets = held_out_of(evaluations) or held_out_before(summary if summary.steps >= step else Summary())
+    metric, held_out = _held_out(sets)
     model, data, seed = map(settings_of(config).get, ("model.path", "data.path", "seed"))
     notes += _lock_notes(folder, fate)
     return ListedRun(
@@ -118,6 +126,9 @@ def list_run(folder: Path, name: str) -> ListedRun:
         reward=(ends.first.get("reward"), ends.newest.get("reward")),
         held_out=held_out,
         held_out_metric=metric,
+        findings=tuple(
+            name.removeprefix(_RULE) for name, held in ends.newest.items() if name.startswith(_RULE) and held
+        ),
         began_unix_s=ends.began_unix_s,
         newest_unix_s=ends.newest_unix_s or _touched(folder),
         seconds=ends.seconds,
@@ -133,12 +144,12 @@ def _config(folder: Path, notes: list[str]) -> dict[str, Any]:
         return {}
 
 
-def _ends(folder: Path, notes: list[str]) -> Glance:
-    """From the store, or else from the first and the last line of metrics.jsonl."""
+def _ends(folder: Path, notes: list[str]) -> tuple[Glance, list[Evaluated]]:
+    """From the store, or else from the first and the last line of metrics.jsonl; and the store's evaluations."""
     if (folder / STORE).is_file():
         try:
             with open_store(folder) as run:
-                return run.glance()
+                return run.glance(), stored_evaluations(run.connection)
         except TroupeError as error:
             notes.append(str(error))
     try:
@@ -147,18 +158,18 @@ def _ends(folder: Path, notes: list[str]) -> Glance:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
             told = [found for line in file.read().splitlines() if (found := decode_step(line)) is not None]
     except OSError:
-        return Glance()
+        return Glance(), []
     if first is None or not told:
-        return Glance()
-    return Glance(first=first[1], newest=told[-1][1], step=told[-1][0])
+        return Glance(), []
+    return Glance(first=first[1], newest=told[-1][1], step=told[-1][0]), []
 
 
-def _held_out(summary: Summary) -> tuple[str | None, Ends]:
-    """The metric and what it was: exact answers where the rows have some, else the first reward."""
-    if summary.accuracy_before is not None or summary.accuracy_after is not None:
-        return "accuracy", (summary.accuracy_before, summary.accuracy_after)
-    for name in {**summary.rewards_before, **summary.rewards_after}:
-        return name, (summary.rewards_before.get(name), summary.rewards_after.get(name))
+def _held_out(sets: Mapping[str, HeldOut]) -> tuple[str | None, Ends]:
+    """The first set's most telling figure, and what it was."""
+    for name, held_out in sets.items():
+        points = held_out.figures[held_out.headline]
+        first = points[0].value if len(points) > 1 or not points[0].version else None
+        return f"eval/{name}/{held_out.headline}", (first, points[-1].value)
     return None, (None, None)
 
 

@@ -1,6 +1,7 @@
 """What is told of several runs, on the terminal and on the page: figures with titles, settings, paired tests."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -9,6 +10,7 @@ import msgspec
 from troupe.records import text as words
 from troupe.records.compare.held_out import HeldOut, Point, is_share, paired
 from troupe.records.compare.runs import ComparedRun, Group, RunComparison
+from troupe.records.diagnosis import in_a_line
 from troupe.records.text import MISSING
 from troupe.rewards.estimates import Comparison
 
@@ -60,7 +62,7 @@ def _held_out_figures(found: RunComparison) -> list[Figure]:
         points = run.held_out[name].figures.get(figure, ())
         return points[-1].value if points else None
 
-    return [Figure(f"{name} {figure}", newest, lambda value: _figure(figure, value), 2)]
+    return [Figure(f"{name} {figure}", newest, lambda value: figure_told(figure, value), 2)]
 
 
 def about_figures(found: RunComparison) -> str:
@@ -73,6 +75,11 @@ def about_figures(found: RunComparison) -> str:
     )
 
 
+def findings_told(run: ComparedRun) -> str:
+    """What is wrong with a run, by what holds now; empty where nothing is."""
+    return in_a_line([finding for finding in run.picture.findings if finding.until is None])
+
+
 def figures_told(run: ComparedRun, figures: Sequence[Figure]) -> list[str]:
     """The figures of a run; a dash where nothing tells one."""
     return [MISSING if (value := figure.of(run)) is None else figure.written(value) for figure in figures]
@@ -80,16 +87,17 @@ def figures_told(run: ComparedRun, figures: Sequence[Figure]) -> list[str]:
 
 def told_together(members: Sequence[ComparedRun], figures: Sequence[Figure]) -> list[str]:
     """Of each figure the mean of several runs, and from the least to the most; and how many have it, where not all."""
-    return [_together(members, figure) for figure in figures]
+    return [told_of([figure.of(run) for run in members], figure.written) for figure in figures]
 
 
-def _together(members: Sequence[ComparedRun], figure: Figure) -> str:
-    values = [value for run in members if (value := figure.of(run)) is not None]
-    if not values:
+def told_of(values: Sequence[float | None], written: Callable[[float], str]) -> str:
+    """Mean, and from the least to the most, of those that are known; and how many are, where not all."""
+    known = [value for value in values if value is not None]
+    if not known:
         return MISSING
-    least, most = figure.written(min(values)), figure.written(max(values))
-    told = least if least == most else f"{figure.written(fmean(values))} ({least}–{most})"
-    return told if len(values) == len(members) else f"{told}, {len(values)} of {len(members)}"
+    least, most = written(min(known)), written(max(known))
+    told = least if least == most else f"{written(fmean(known))} ({least}–{most})"
+    return told if len(known) == len(values) else f"{told}, {len(known)} of {len(values)}"
 
 
 def steps_told(run: ComparedRun) -> str:
@@ -140,12 +148,23 @@ def held_out_tables(found: RunComparison) -> Iterator[HeldOutTable]:
         figures = list(dict.fromkeys(figure for run in there for figure in run.held_out[name].figures))[:_MOST_FIGURES]
         base = there[0]
         rows = []
-        for run in there:
-            held_out = run.held_out[name]
-            told = tuple(_ends(figure, held_out.figures.get(figure, ())) for figure in figures)
-            against = "" if run is base else _against(base.held_out[name], held_out)
-            rows.append((run.name, f"{held_out.newest:,}", told, against))
+        for group in found.groups:
+            members = [run for place in group.runs if name in (run := found.runs[place]).held_out]
+            for run in members:
+                held_out = run.held_out[name]
+                told = tuple(_ends(figure, held_out.figures.get(figure, ())) for figure in figures)
+                against = "" if run is base else _against(base.held_out[name], held_out)
+                rows.append((run.name, f"{held_out.newest:,}", told, against))
+            if len(members) > 1:
+                told = tuple(_newest_together(members, name, figure) for figure in figures)
+                rows.append((group.name, "", told, f"mean of {len(members)} seeds, least to most"))
         yield HeldOutTable(name=name, base=base.name, figures=tuple(figures), rows=tuple(rows))
+
+
+def _newest_together(members: Sequence[ComparedRun], name: str, figure: str) -> str:
+    """A figure's mean over runs at last, and from the least to the most."""
+    points = [run.held_out[name].figures.get(figure, ()) for run in members]
+    return told_of([one[-1].value if one else None for one in points], partial(figure_told, figure))
 
 
 def _against(base: HeldOut, other: HeldOut) -> str:
@@ -168,10 +187,11 @@ def _ends(figure: str, points: Sequence[Point]) -> str:
     if not points:
         return MISSING
     first, last = points[0], points[-1]
-    error = "" if last.se is None else f" ± {_figure(figure, last.se)}"
-    now = f"{_figure(figure, last.value)}{error}"
-    return now if first is last else f"{_figure(figure, first.value)} → {now}"
+    error = "" if last.se is None else f" ± {figure_told(figure, last.se)}"
+    now = f"{figure_told(figure, last.value)}{error}"
+    return now if first is last else f"{figure_told(figure, first.value)} → {now}"
 
 
-def _figure(figure: str, value: float) -> str:
+def figure_told(figure: str, value: float) -> str:
+    """A figure of a set of rows, such as `accuracy` or `avg@4`."""
     return f"{100 * value:.1f} %" if is_share(figure) else short(value)

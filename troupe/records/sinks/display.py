@@ -35,6 +35,7 @@ from troupe.records.sinks.drawing import (
     panel,
     row,
     shaded,
+    told,
 )
 from troupe.records.trend import area, spread, trend_of
 from troupe.runtime.terminal import arrows, one_line
@@ -47,7 +48,7 @@ _WIDE, _WIDE_PANEL = 120, 26
 _WIDE_HEIGHT = 20
 _CHART, _HIGHEST_CHART = 3, 10
 """Lines of the reward's curve."""
-_NARROWEST_BAR = 4
+_NARROW, _NARROWEST_BAR = 60, 4
 _MOST_SETS = 3
 """Sets with held-out rows that have a line."""
 _ANSWER_LINES, _MOST_ANSWER_LINES = 2, 6
@@ -64,8 +65,6 @@ _STYLES: dict[Phase, str] = {
     "failed": "bold red",
 }
 _REWARD = "magenta"
-_BADGE = "black on yellow"
-"""Of what somebody should look at: seen on dark and on light."""
 
 
 def shown_metrics(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
@@ -124,9 +123,9 @@ class Display:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width, height = options.max_width, max(1, options.size.height - 1)
         chart, answer = _CHART, _ANSWER_LINES
-        spare = height - len(self._lines(width, height, chart, answer))
+        spare = max(0, height - len(self._lines(width, height, chart, answer)))
         chart, spare = chart + min(spare, _HIGHEST_CHART - chart), spare - min(spare, _HIGHEST_CHART - chart)
-        answer += min(max(0, spare), _MOST_ANSWER_LINES - answer)
+        answer += min(spare, _MOST_ANSWER_LINES - answer)
         yield from self._lines(width, height, chart, answer)
 
     def _lines(self, width: int, height: int, chart: int, answer: int) -> list[Text]:
@@ -136,8 +135,11 @@ class Display:
     def _head(self, width: int) -> Iterator[Block]:
         """How far the run is, what it is at, and what somebody should look at."""
         now = self._banner() or self._now()
-        yield Block([self._title(), self._progress(width), now, self._trouble()])
-        yield Block([self._diagnosis()], rank=0 if self._findings else 9)
+        yield Block([self._title(), self._progress(width), now])
+        for lines in (self._trouble(width), self._diagnosis(width)):
+            yield Block(lines[:1])
+            yield Block(lines[1:], rank=2)
+        yield Block([] if self._findings else [Text()], rank=9)
 
     def _middle(self, width: int, height: int, chart: int) -> Iterator[Block]:
         """The reward and the figures of the step."""
@@ -146,15 +148,15 @@ class Display:
             first, second, third = (panel(heading, panels[heading], _WIDE_PANEL) for heading in _PANELS)
             room = width - 2 * (_WIDE_PANEL + GAP)
             right = beside([[*first, Text(" " * _WIDE_PANEL), *third], second])
-            functions, held_out = self._functions(), self._held_out_lines()
-            rows = max(chart, len(right) - 1 - len(functions) - len(held_out))
-            left = [*self._curve(room, rows), *functions, *held_out]
+            below = [*self._functions(), *self._pools(), *self._held_out_lines()]
+            left = [*self._curve(room, max(chart, len(right) - 1 - len(below))), *below]
             yield Block(beside([[padded(text, room) for text in left], right]))
             return
         heading, *curve = self._curve(width, chart)
         yield Block([heading])
         yield Block(curve, rank=1)
         yield Block(self._functions(), rank=5)
+        yield Block(self._pools(), rank=6)
         yield Block(self._held_out_lines(), rank=2)
         yield Block([Text()], rank=10)
         columns = max(1, min(len(_PANELS), (width + GAP) // (_PANEL_WIDTH + GAP)))
@@ -180,11 +182,11 @@ class Display:
 
     def _title(self) -> Text:
         style = _STYLES.get(self._phase, "bold")
-        told = "complete" if self._phase == "ended" else self._phase
+        phase = "complete" if self._phase == "ended" else self._phase
         return line(
             (one_line(self._run.name, self._encoding), "bold"),
             ("  ", ""),
-            (told, style),
+            (phase, style),
             (f"  {clock_time(self._clock() - self._began_s)}", "dim"),
         )
 
@@ -195,12 +197,12 @@ class Display:
         epochs = epoch * self._total_steps / self._step if self._step else 0.0
         of_epochs = f"epoch {epoch:.2f} of {epochs:.2f}" if epochs else ""
         steps = f"{self._step:,} of {self._total_steps:,}"
-        told = [(f"  {steps:<{2 * len(f'{self._total_steps:,}') + 4}}", ""), (f"  {left:<12}", "cyan")]
-        told += [(f"  {of_epochs:<20}", "dim")]
-        while len(told) > 1 and width - LABEL_WIDTH - sum(len(text) for text, _ in told) < _NARROWEST_BAR:
-            told.pop()
-        room = max(_NARROWEST_BAR, width - LABEL_WIDTH - sum(len(text) for text, _ in told))
-        return row("steps", *bar(self._step / max(1, self._total_steps), room, self._encoding), *told)
+        parts = [(f"  {steps:<{2 * len(f'{self._total_steps:,}') + 4}}", ""), (f"  {left:<12}", "cyan")]
+        parts += [(f"  {of_epochs:<20}", "dim")]
+        while len(parts) > 1 and width - LABEL_WIDTH - sum(len(text) for text, _ in parts) < _NARROWEST_BAR:
+            parts.pop()
+        room = max(_NARROWEST_BAR, width - LABEL_WIDTH - sum(len(text) for text, _ in parts))
+        return row("steps", *bar(self._step / max(1, self._total_steps), room, self._encoding), *parts)
 
     def _now(self) -> Text:
         """What the run is at, or waits for."""
@@ -221,8 +223,8 @@ class Display:
         """The way of the reward, and its first and newest value above it."""
         trend, room = self._reward, max(1, width - LABEL_WIDTH)
         if trend.first is None or trend.newest is None:
-            told = "nan" if "reward" in self._metrics else f"{NOTHING} with the first step"
-            return [row("reward", (told, "dim")), *(Text() for _ in range(rows))]
+            why = "nan" if "reward" in self._metrics else f"{NOTHING} with the first step"
+            return [row("reward", (why, "dim")), *(Text() for _ in range(rows))]
         first, newest = written(trend.first, ".3f"), written(trend.newest, ".3f")
         way = newest if trend.steps[0] == trend.steps[1] else arrows(f"{first} → {newest}", self._encoding)
         in_group = next((f"   {label} {value}" for label, value in _figures("reward", self._metrics)[1:]), "")
@@ -246,15 +248,25 @@ class Display:
         ]
         return [row("rewards", *parts)]
 
+    def _pools(self) -> list[Text]:
+        """How many rows are in each pool, where they are drawn by their pass rates."""
+        there = [
+            (figure, self._metrics[metric])
+            for metric, figure in FIGURES.items()
+            if figure.chart == "pools" and metric in self._metrics
+        ]
+        parts = [
+            part
+            for figure, value in there
+            for part in ((f"{figure.name} ", "dim"), (f"{written(value, figure.spec)}   ", ""))
+        ]
+        return [row("rows", *parts)] if parts else []
+
     def _held_out_lines(self) -> list[Text]:
         """How the sets of held-out rows stand, a line each."""
         return [
-            row(
-                "held-out",
-                (f"{one_line(name, self._encoding)}  ", "dim"),
-                (arrows(str(standing), self._encoding), ""),
-            )
-            for name, standing in list(self._held_out.sets.items())[:_MOST_SETS]
+            row("held-out", (name and f"{name}  ", "dim"), (standing, ""))
+            for name, standing in self._held_out.lines(self._encoding)[:_MOST_SETS]
         ]
 
     def _queues(self) -> Text:
@@ -296,22 +308,24 @@ class Display:
             return None
         return line((one_line(self._status.notice, self._encoding), "bold reverse"))
 
-    def _trouble(self) -> Text:
+    def _trouble(self, width: int) -> list[Text]:
         status = self._status
         if status is not None and status.held and self._phase == "held":
-            return row("held", (one_line("; ".join(status.held), self._encoding), "yellow"))
+            return [row("held", (one_line("; ".join(status.held), self._encoding), "yellow"))]
         if not self._incidents:
-            return row("incidents", ("none", "dim"))
+            return [row("incidents", ("none", "dim"))]
         last = one_line(self._last_incident[:_MOST_TEXT], self._encoding)
-        return row("incidents", (f" {self._incidents} ", _BADGE), (f" {last}", "yellow"))
+        return told("incidents", f"{self._incidents:,}", last, width, 1 if width >= _NARROW else 2)
 
-    def _diagnosis(self) -> Text:
-        """The most serious of what its figures say is wrong; an empty line where there is nothing."""
-        if not (findings := self._findings):
-            return Text()
-        told = one_line(in_a_line(findings, self._run.folder), self._encoding)
-        title = one_line(findings[0].title, self._encoding)
-        return row("diagnosis", (f" {title} ", _BADGE), (told.removeprefix(title).removeprefix(":"), "yellow"))
+    def _diagnosis(self, width: int) -> list[Text]:
+        """The most serious of what its figures say is wrong; nothing where nothing is."""
+        if not self._findings:
+            return []
+        text = one_line(in_a_line(self._findings, self._run.folder)[:_MOST_TEXT], self._encoding)
+        title = one_line(self._findings[0].title, self._encoding)
+        return told(
+            "diagnosis", title, text.removeprefix(title).removeprefix(": "), width, 2 if width >= _NARROW else 4
+        )
 
 
 def _figures(heading: str, metrics: Mapping[str, float]) -> Sequence[tuple[str, str]]:

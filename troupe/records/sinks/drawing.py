@@ -1,6 +1,7 @@
 """What a display is put together from: lines of known width, bars, panels beside each other, and what is left out where
 a window is low."""
 
+import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,6 +16,8 @@ GAP = 3
 """Between panels."""
 NOTHING = "–"
 """In the place of what has not come yet."""
+BADGE = "black on yellow"
+"""Style of what somebody should look at: seen on dark and on light."""
 Figures = Sequence[tuple[str, str]]
 """(label, value) of each line of a panel."""
 
@@ -41,6 +44,14 @@ def fitting(blocks: Sequence[Block], height: int) -> list[Text]:
 def row(label: str, *parts: tuple[str, str]) -> Text:
     """A line with a label before it."""
     return line((f"{label:<{LABEL_WIDTH}}", "dim"), *parts)
+
+
+def told(label: str, badge: str, text: str, width: int, most: int) -> list[Text]:
+    """What somebody should look at, in `most` lines at most: what it is, and all that is told of it."""
+    lines = textwrap.wrap(f" {badge}  {text}", max(1, width - LABEL_WIDTH), max_lines=most, placeholder=" …") or [""]
+    end = min(len(badge) + 2, len(lines[0]))
+    first = row(label, (lines[0][:end], BADGE), (lines[0][end:], "yellow"))
+    return [first, *(row("", (" " + rest, "yellow")) for rest in lines[1:])]
 
 
 def line(*parts: tuple[str, str]) -> Text:
