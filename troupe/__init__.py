@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from troupe.records.diagnosis.past import diagnose
     from troupe.rewards import RewardActor, RewardSample
     from troupe.run.config import RunConfig, load_config
-    from troupe.run.evaluate import generate_and_score
+    from troupe.run.one_step import generate_and_score
     from troupe.run.result import RunResult
     from troupe.run.supervisor import Supervisor, train
 
@@ -51,7 +51,7 @@ _HOMES = {
     "Supervisor": "run.supervisor",
     "TroupeError": "errors",
     "diagnose": "records.diagnosis.past",
-    "generate_and_score": "run.evaluate",
+    "generate_and_score": "run.one_step",
     "load_config": "run.config",
     "train": "run.supervisor",
 }

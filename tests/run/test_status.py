@@ -220,6 +220,19 @@ async def test_what_the_actors_are_at_is_read_off_their_spans() -> None:
         assert getattr(of_actors(actors, now_s, 512), "text", None) == "starting the generator"
 
 
+class Evaluating(Working):
+    activity, progress = "evaluating held_out of step 3", "rows 37 / 400"
+
+
+async def test_how_far_each_is_does_not_change_what_it_is_at() -> None:
+    generator, evaluator = Generating("generator"), Evaluating("evaluator")
+    with generator.report.span("generate", step=3), evaluator.report.span("evaluate held_out", step=3):
+        told = of_actors([generator, evaluator], 0.0, 512)
+    assert told is not None
+    assert told.what == "generating step 4, evaluating held_out of step 3"
+    assert told.detail == ": 113 of at most 512 tokens, rows 37 / 400"
+
+
 async def test_a_wait_for_an_environment_is_told_when_it_lasts() -> None:
     environment, generator = Working("environment"), Generating("generator")
     actors = [generator, environment]
@@ -305,7 +318,8 @@ async def test_a_judge_that_does_not_listen_is_told_of_before_the_first_step(
         run.stop()
     assert now.what == "waiting for reward my_judge"
     assert " tries, " in now.detail or "(1 try, " in now.detail
-    assert "evaluating held_out of step 0: rows " in now.detail
+    assert "evaluating held_out of step 0" in now.detail
+    assert "rows " in now.detail
 
 
 async def test_faults_of_held_out_rows_are_stored_and_told_when_they_happen(tmp_path: Path, ragged_model: Path) -> None:

@@ -17,7 +17,7 @@ import click
 import msgspec
 
 from troupe.cli.commands import Command, Number, fail, report_errors
-from troupe.cli.status import describe, describe_trend, row
+from troupe.cli.status import describe, describe_past, read_past, row
 from troupe.daemon.control.place import read_address
 from troupe.daemon.control.protocol import NobodyThereError, Reply, Request, ask, encode_line
 from troupe.daemon.main import keep_alive
@@ -39,7 +39,6 @@ from troupe.messages import (
 from troupe.records.diagnosis import in_full
 from troupe.records.diagnosis.past import diagnose
 from troupe.records.standing import describe_standing, read_standing, silence_of
-from troupe.records.trend import Trend, stored_rewards, trend_of
 from troupe.run.tables import anchored_reward, parse_setting
 from troupe.runtime.lock import read_owner
 from troupe.runtime.machine import unusable_backend
@@ -135,7 +134,7 @@ def status(folder: Path, watch: bool, interval: float, as_json: bool) -> None:
             if as_json:
                 tell_json(msgspec.json.encode(found).decode())
             else:
-                tell_rows("\n".join([f"{folder}: {describe_standing(found)}", *describe_trend(*_trend(folder))]))
+                tell_rows("\n".join([f"{folder}: {describe_standing(found)}", *describe_past(read_past(folder))]))
                 _tell_findings(folder)
         if not watch or not goes_on:
             return
@@ -155,15 +154,9 @@ def _show(found: Reply, folder: Path, *, as_json: bool, clear: bool) -> None:
         return
     if clear:
         click.clear()  # on a terminal
-    trend, encoding = _trend(folder)
-    tell_rows(describe(found, str(folder), trend=trend, encoding=encoding))
+    tell_rows(describe(found, str(folder), read_past(folder)))
     if (address := read_address(folder)) is not None:
         tell(row("live page", address))
-
-
-def _trend(folder: Path) -> tuple[Trend, str]:
-    """The way of the reward so far, and the encoding of what is printed."""
-    return trend_of(stored_rewards(folder)), sys.stdout.encoding or "utf-8"
 
 
 def _tell_findings(folder: Path) -> None:

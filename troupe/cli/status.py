@@ -1,14 +1,19 @@
 """A run's status as a person reads it at a glance."""
 
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import msgspec
 
 from troupe.messages import NOTHING_TOLD, LiveGroup, MemberStatus, Status
 from troupe.records.diagnosis import in_full
+from troupe.records.evaluations import read_evaluations
 from troupe.records.figures import FIGURES, function_of, written
 from troupe.records.held_out import HeldOut
 from troupe.records.members import called, summary, told, worth_telling
-from troupe.records.trend import Trend, area
+from troupe.records.trend import Trend, area, stored_rewards, trend_of
 from troupe.runtime.terminal import arrows, one_line
 
 _WIDTH = 14
@@ -19,9 +24,27 @@ _MOST_MEMBERS = 32
 """That have a line each."""
 
 
-def describe(status: Status, name: str, *, trend: Trend | None = None, encoding: str = "utf-8") -> str:
+class Past(msgspec.Struct, frozen=True, kw_only=True):
+    """What a run came to so far."""
+
+    reward: Trend = msgspec.field(default_factory=Trend)
+    held_out: HeldOut = msgspec.field(default_factory=HeldOut)
+    encoding: str = "utf-8"
+    """Of what is printed."""
+
+
+def read_past(folder: Path) -> Past:
+    """As far as the files in a run folder say it."""
+    held_out = HeldOut()
+    for evaluated in read_evaluations(folder):
+        held_out.add(evaluated.version, evaluated.name, evaluated.metrics)
+    reward = trend_of(stored_rewards(folder))
+    return Past(reward=reward, held_out=held_out, encoding=sys.stdout.encoding or "utf-8")
+
+
+def describe(status: Status, name: str, past: Past | None = None) -> str:
     """A Status as a person reads it at a glance: several lines, without a newline at the end; what somebody should look
-    at comes first. `trend`: of the reward."""
+    at comes first."""
     lines = [headline(status, name)]
 
     def add(label: str, text: str) -> None:
@@ -43,12 +66,7 @@ def describe(status: Status, name: str, *, trend: Trend | None = None, encoding:
         add("diagnosis", in_full(finding, name))
     if status.incidents:
         add("incidents", _counts(status.incidents))
-    lines += describe_trend(trend, encoding)
-    held_out = HeldOut()
-    for evaluated in status.evaluated:
-        held_out.add(evaluated.version, evaluated.name, evaluated.metrics)
-    for each, told_of_it in held_out.lines(encoding):
-        add("held-out", f"{each}  {told_of_it}".strip())
+    lines += [] if past is None else describe_past(past)
     lines += _figures(status.metrics)
     lines += _members(status.members)
     if status.groups:
@@ -61,16 +79,19 @@ def describe(status: Status, name: str, *, trend: Trend | None = None, encoding:
     return "\n".join(lines)
 
 
-def describe_trend(trend: Trend | None, encoding: str = "utf-8") -> list[str]:
-    """The way of the reward: its first value, its newest, and a curve between; no line where there is none."""
-    if trend is None or trend.first is None or trend.newest is None:
-        return []
+def describe_past(past: Past) -> list[str]:
+    """The way of the reward: its first value, its newest, and a curve between; and of each set with held-out rows. No
+    line where there is nothing."""
+    held_out = [row("held-out", f"{name}  {told}".strip()) for name, told in past.held_out.lines(past.encoding)]
+    trend = past.reward
+    if trend.first is None or trend.newest is None:
+        return held_out
     first, newest = (written(value, ".4f") for value in (trend.first, trend.newest))
     if trend.steps[0] == trend.steps[1]:
-        return [row("reward", newest)]
-    [curve] = area(trend.values, min(_CURVE_WIDTH, len(trend.values)), encoding=encoding)
+        return [row("reward", newest), *held_out]
+    [curve] = area(trend.values, min(_CURVE_WIDTH, len(trend.values)), encoding=past.encoding)
     steps = f"steps {trend.steps[0]:,} to {trend.steps[1]:,}"
-    return [row("reward", f"{arrows(f'{first} → {newest}', encoding)}  {curve}  {steps}")]
+    return [row("reward", f"{arrows(f'{first} → {newest}', past.encoding)}  {curve}  {steps}"), *held_out]
 
 
 def _figures(metrics: Mapping[str, float]) -> list[str]:

@@ -5,11 +5,10 @@ from functools import partial
 
 from troupe.actors.evaluator.actor import Evaluator, SetWork
 from troupe.actors.evaluator.asking import Evaluations
-from troupe.actors.evaluator.decoding import CompletionDecoder, Decoder, EvalSet, RowPrompts
-from troupe.actors.evaluator.episodes import EpisodeDecoder
+from troupe.actors.evaluator.decoding import Decoder, EvalSet, RowPrompts
 from troupe.actors.evaluator.ledger import EvaluationLedger
-from troupe.actors.generator.episodes import EpisodeLimits
 from troupe.policy import Weights, opened_thought
+from troupe.run.decoders import make_decoder
 from troupe.run.ledgers import Factories, Ledgers
 from troupe.run.prepare import Prepared
 from troupe.run.sets import early_stop
@@ -37,24 +36,8 @@ def make_evaluator(
             tokenizer=tokenizer,
             base=policy.base,
         )
-        if acting is None:
-            return CompletionDecoder(
-                engine, device, seed=config.seed, decode_text=tokenizer.decode_sampled, report=report
-            )
-        limits = EpisodeLimits(
-            num_generations=generation.num_generations,
-            max_completion_length=generation.max_completion_length,
-            context=acting.rules.context,
-            max_turns=acting.rules.max_turns,
-        )
-        return EpisodeDecoder(
-            engine,
-            device,
-            conversations=acting.conversations(),
-            limits=limits,
-            seed=config.seed,
-            decode_text=tokenizer.decode_sampled,
-            report=report,
+        return make_decoder(
+            engine, generation, device, tokenizer=tokenizer, acting_setup=acting, seed=config.seed, report=report
         )
 
     def sets() -> list[SetWork]:

@@ -171,7 +171,7 @@ def of_actors(actors: Iterable[Actor], now_s: float, most_tokens: int) -> Activi
     """What the actors are at; None where none works on a step. `most_tokens`: of a completion."""
     parts: list[str] = []
     begun_s: list[float] = []
-    far = ""
+    far: list[str] = []
     environment: Activity | None = None
     for actor in actors:
         if actor.name == _ENVIRONMENT:
@@ -182,13 +182,16 @@ def of_actors(actors: Iterable[Actor], now_s: float, most_tokens: int) -> Activi
         if told is None or (actor.name == "checkpointer" and parts):
             continue
         parts.append(told)
-        begun_s.append(min(span.start_s for span in spans))
+        begun_s.append(min((span.start_s for span in spans), default=now_s))
+        progress = actor.progress
         if told.startswith("generating") and actor.made:
-            far = f": {actor.made:,} of at most {most_tokens:,} tokens"
+            progress = f"{actor.made:,} of at most {most_tokens:,} tokens"
+        far += [progress] if progress else []
     if not parts:
         return environment
     beside = "" if environment is None else f"; {environment.text}"
-    return Activity(what=", ".join(parts), detail=far + _lasting(now_s - min(begun_s)) + beside)
+    detail = f": {', '.join(far)}" if far else ""
+    return Activity(what=", ".join(parts), detail=detail + _lasting(now_s - min(begun_s)) + beside)
 
 
 def _waits_of(going_on: Sequence[Span], now_s: float) -> Activity | None:

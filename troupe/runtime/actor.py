@@ -66,7 +66,12 @@ class Actor(ABC):
 
     @property
     def activity(self) -> str:
-        """What it is at, in words, where its spans do not say it well enough."""
+        """What it is at, in words, where its spans do not say it well enough; the same as long as it is the same."""
+        return ""
+
+    @property
+    def progress(self) -> str:
+        """How far it is with that, in words; empty where that is not known."""
         return ""
 
     def members(self) -> Sequence[MemberStatus]:

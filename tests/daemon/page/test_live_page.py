@@ -146,10 +146,16 @@ def _watch(tab: Tab) -> None:
         "generator",
         "scorer",
         "learner",
+        "evaluator",
         "checkpointer",
         "metrics",
     }
     assert tab.page.locator("#queues .row").count() >= 5
+    tab.see(lambda: re.search(r"held_out accuracy\n\d\d(\.\d)? %", tab.text(".tiles")) is not None)
+    assert (
+        tab.page.evaluate("[...document.querySelectorAll('.chart')].map((one) => one.troupeChart.spec.key)[1]")
+        == "held_out"
+    )
     assert "Nothing needs your attention" in tab.text("#notes")
 
 

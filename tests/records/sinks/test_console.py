@@ -250,6 +250,6 @@ def test_plain_lines_tell_of_evaluations_and_of_each_finding_once() -> None:
         "step 1/9  ",
         "diagnosis: nothing to learn: all are equal (since step 2); try --set a.b=1",
         "diagnosis: other: all are equal (since step 2); try --set a.b=1",
-        "held-out sums: accuracy 25.0% at step 0",
-        "held-out sums: accuracy 25.0% → 50.0% at step 4, best 50.0% at step 4",
+        "evaluated sums: accuracy 25.0% at step 0",
+        "evaluated sums: accuracy 25.0% → 50.0% at step 4, best 50.0% at step 4",
     ]

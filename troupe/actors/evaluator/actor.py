@@ -11,8 +11,9 @@ import msgspec
 
 from troupe.actors.evaluator.decoding import Decoder, EvalSet, RowPrompts, row_of
 from troupe.actors.evaluator.ledger import EvaluationLedger
+from troupe.actors.evaluator.rows import evaluated_row
 from troupe.errors import RewardError
-from troupe.messages import Evaluate, Evaluated, EvaluatedRow, EvaluatedSample, Incident, RolloutGroup
+from troupe.messages import Evaluate, Evaluated, EvaluatedRow, Incident, RolloutGroup
 from troupe.rewards import GroupScores
 from troupe.rewards.estimates import figures_of
 from troupe.runtime.actor import Actor
@@ -59,8 +60,13 @@ class Evaluator(Actor):
 
     @property
     def activity(self) -> str:
-        """What is evaluated, and how far it is."""
-        return f"{self._doing}: rows {self._done:,} / {self._total:,}" if self._doing else ""
+        """What is evaluated."""
+        return self._doing
+
+    @property
+    def progress(self) -> str:
+        """How many rows are completed."""
+        return f"rows {self._done:,} / {self._total:,}" if self._doing else ""
 
     async def handle(self, message: Evaluate) -> None:
         """Evaluate every set that has no result of the version yet."""
@@ -122,7 +128,7 @@ class Evaluator(Actor):
                     raise
                 await self._tell("evaluation_failed", f"evaluation of {work.of.name}: {error}; its scores are missing")
         work.decoder.forget(groups)
-        rows += [_row(group, result) for group, result in zip(groups, results, strict=True)]
+        rows += [evaluated_row(group, result) for group, result in zip(groups, results, strict=True)]
         scored.set()
 
     def _count(self) -> None:
@@ -135,22 +141,3 @@ class Evaluator(Actor):
 
     async def _tell(self, kind: str, message: str) -> None:
         await self.report.incident(Incident(actor=self.name, kind=kind, message=message))
-
-
-def _row(group: RolloutGroup, result: GroupScores | None) -> EvaluatedRow:
-    prompt = group.prompt
-    return EvaluatedRow(
-        row=prompt.row,
-        prompt=prompt.prompt,
-        columns=prompt.columns,
-        samples=tuple(
-            EvaluatedSample(
-                text=rollout.text,
-                tokens=len(rollout.token_ids),
-                finish_reason=rollout.finish_reason,
-                score=None if result is None else result.rewards[sample],
-                scores={} if result is None else {name: scores[sample] for name, scores in result.scores.items()},
-            )
-            for sample, rollout in enumerate(group.rollouts)
-        ),
-    )

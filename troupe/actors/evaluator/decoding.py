@@ -56,8 +56,8 @@ class RowPrompts:
 
     def pieces(self, version: int) -> list[list[Prompt]]:
         """All rows, those together that are decoded together."""
-        rows, size = range(len(self._of.dataset)), max(1, _AT_ONCE // self._of.settings.num_samples)
-        return [[self._prompt(row, version) for row in rows[start : start + size]] for start in rows[::size]]
+        places = pieces(len(self._of.dataset), self._of.settings.num_samples)
+        return [[self._prompt(row, version) for row in rows] for rows in places]
 
     def _prompt(self, place: int, version: int) -> Prompt:
         row, ids = self._of.dataset[place], self._of.prompt_ids[place]
@@ -71,6 +71,12 @@ class RowPrompts:
             columns=row.columns,
             opened=self._opened(row.prompt, ids),
         )
+
+
+def pieces(rows: int, num_samples: int) -> list[range]:
+    """The rows of a set that are decoded together."""
+    size = max(1, _AT_ONCE // num_samples)
+    return [range(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
 def row_of(gid: int) -> int:

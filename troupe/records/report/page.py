@@ -13,14 +13,14 @@ from troupe.records.diagnosis import in_a_line, remedy_for, steps_of
 from troupe.records.report.charts import sections_of
 from troupe.records.report.data import Axes, bars_of, chart_data, marks_of
 from troupe.records.report.picture import INCIDENTS_SHOWN, RunPicture, State
-from troupe.records.report.static import CHART_SCRIPTS, CHART_STYLES
+from troupe.records.report.static import BROWSER_SCRIPTS, BROWSER_STYLES, CHART_SCRIPTS, CHART_STYLES
 from troupe.records.report.template import rendered
 from troupe.records.store.completions import StoredCompletion
 from troupe.records.store.episodes import StoredEpisode
 from troupe.records.store.members import StoredMember
 from troupe.records.text import prompt_text
 
-_SCRIPTS = (*CHART_SCRIPTS, "bars.js", "report.js")
+_SCRIPTS = (*CHART_SCRIPTS, "bars.js", *BROWSER_SCRIPTS, "embedded.js", "report.js")
 _LONGEST_TEXT = 20_000
 """Characters of a prompt or a completion."""
 _LONGEST_SAID = 6000
@@ -87,13 +87,13 @@ def report_page(run: RunPicture) -> str:
     sections = sections_of(run)
     bars = bars_of(run)
     charts = [chart for section in sections for chart in section.charts]
-    data = chart_data(charts, [Axes.of(run.metrics)], marks_of(run)) | {"bars": bars}
+    data = chart_data(charts, [Axes.of(run.metrics)], marks_of(run)) | {"bars": bars, "completions": run.stored.browsed}
     live = run.folder if run.state not in _OVER else ""
     members = run.stored.members if _is_crowd(run.stored.members) else ()
     return rendered(
         "report.html",
         scripts=_SCRIPTS,
-        styles=CHART_STYLES,
+        styles=(*CHART_STYLES, *BROWSER_STYLES),
         data=data,
         filters={"plain": _value, "facts": facts_of, "remedy": partial(remedy_for, folder=live), "steps": steps_of},
         run=run,
@@ -107,6 +107,7 @@ def report_page(run: RunPicture) -> str:
         bars=[name for name, rows in bars.items() if rows],
         most_scores=_MOST_SCORES,
         talks=list(_talks(run)),
+        browses=bool(run.stored.browsed.get("rows")),
         incidents_shown=INCIDENTS_SHOWN,
         members=members[-_MOST_MEMBERS:],
         members_left_out=max(0, len(members) - _MOST_MEMBERS),

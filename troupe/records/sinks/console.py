@@ -162,7 +162,7 @@ class PlainSink:
         elif isinstance(message, Evaluated):
             self._held_out.add(message.version, message.name, message.metrics)
             if (standing := self._held_out.sets.get(message.name)) is not None:
-                self._say(arrows(f"held-out {message.name}: {standing}", self._encoding))
+                self._say(arrows(f"evaluated {message.name}: {standing}", self._encoding))
         elif isinstance(message, Status):
             for line in self._comings.look(message.members):
                 self._say(line)

@@ -11,8 +11,9 @@ from typing import Any
 
 import msgspec
 
+from troupe.dataset import CurriculumConfig
 from troupe.errors import OutputError
-from troupe.messages import Evaluated
+from troupe.messages import Evaluated, PromptText
 from troupe.records.layout import RUN_TOML, STORE
 from troupe.records.store import completions
 from troupe.records.store.completions import Key, Piece, Query, StoredCompletion
@@ -20,6 +21,7 @@ from troupe.records.store.evaluations import stored_evaluations
 from troupe.records.store.format import DamagedStoreError, connect_to_read, is_in_use, refuse_newer
 from troupe.records.store.glance import Glance, read_glance
 from troupe.records.store.members import StoredMember, stored_members
+from troupe.records.store.rows import RowStory, prompts_of_rows, row_stories
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True):
@@ -194,10 +196,26 @@ class StoredRun:
         """Who did work in a process of its own, start by start."""
         return list(stored_members(self._connection))
 
+    def rows(self, config: CurriculumConfig) -> Iterator[RowStory]:
+        """What became of every row of the dataset that was seen; `config`: what passes, and where pools begin."""
+        return row_stories(self._connection, config)
+
+    def prompts_of_rows(self) -> dict[int, PromptText | None]:
+        """Row → its prompt, of the rows that were seen."""
+        return prompts_of_rows(self._connection)
+
     def steps_with_completions(self) -> list[int]:
         """The first and the newest step that have any; none, or one, where there are no two."""
         ends = self._connection.execute("SELECT min(step), max(step) FROM completions").fetchone()
         return [step for step in dict.fromkeys(ends) if step is not None]
+
+    def rows_seen_most(self, count: int) -> list[int]:
+        """The dataset rows that most groups were of, and more than one."""
+        sql = (
+            "SELECT row FROM groups WHERE row IS NOT NULL GROUP BY row HAVING count(*) > 1"
+            " ORDER BY count(*) DESC, row LIMIT ?"
+        )
+        return [row for (row,) in self._connection.execute(sql, (count,))]
 
     def reward_names(self) -> list[str]:
         """The rewards of the newest group."""
