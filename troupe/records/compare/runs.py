@@ -18,9 +18,10 @@ from troupe.records.compare.settings import (
     settings_of,
     short_names,
 )
+from troupe.records.evaluations import read_evaluations
 from troupe.records.report.picture import RunPicture, read_run
 from troupe.records.standing import Summary, read_summary
-from troupe.records.store.evaluations import stored_evaluations, stored_rows
+from troupe.records.store.evaluations import stored_rows
 from troupe.records.store.read import StoredRun, open_store
 
 MOST_RUNS = 32
@@ -107,11 +108,11 @@ def _check(folders: Sequence[Path]) -> None:
 def _held_out(folder: Path) -> dict[str, HeldOut]:
     try:
         with open_store(folder) as run:
-            if found := held_out_of(stored_evaluations(run.connection)):
+            if found := held_out_of(run.evaluations()):
                 return {name: _with_rows(run, held_out) for name, held_out in found.items()}
     except OutputError:  # its picture has a note of it
         pass
-    return held_out_before(read_summary(folder) or Summary())
+    return held_out_of(read_evaluations(folder)) or held_out_before(read_summary(folder) or Summary())
 
 
 def _with_rows(run: StoredRun, held_out: HeldOut) -> HeldOut:
