@@ -30,9 +30,8 @@ def add_checkpoint(run: Path, step: int, *, whole: bool = True) -> None:
         (folder / "MANIFEST.json").write_text("{}")
 
 
-def add_summary(run: Path, steps: int, total_steps: int, **more: str) -> None:
-    table = {"steps": steps, "total_steps": total_steps, "version": steps, **more}
-    (run / "summary.json").write_text(json.dumps(table))
+def add_summary(run: Path, steps: int, total_steps: int) -> None:
+    (run / "summary.json").write_text(json.dumps({"steps": steps, "total_steps": total_steps, "version": steps}))
 
 
 def dead_owner(run: Path, host: str | None = None) -> int:
@@ -67,10 +66,13 @@ def test_a_run_that_has_a_summary(run: Path, step: int, fate: str, described: st
     assert describe_standing(found) == described.replace("RUN", str(run))
 
 
-def test_a_run_that_got_no_better_is_complete(run: Path) -> None:
-    add_checkpoint(run, 8)
-    add_summary(run, 8, 9, stopped_early="m was no better than 0.5")
-    assert describe_standing(read_standing(run)) == "complete: 8 of 9 steps; m was no better than 0.5"
+def test_a_run_that_got_no_better_is_over_before_its_last_step(run: Path) -> None:
+    add_checkpoint(run, 40)
+    why = "eval/sums/accuracy was 0.5 at best"
+    (run / "summary.json").write_text(json.dumps({"steps": 40, "total_steps": 100, "stopped_early": why}))
+    found = read_standing(run)
+    assert (found.fate, found.step) == ("complete", 40)
+    assert describe_standing(found) == f"complete: 40 of 100 steps; it ended early: {why}"
 
 
 def test_a_run_that_a_daemon_kept_is_gone_on_with_by_one(run: Path) -> None:
