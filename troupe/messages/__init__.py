@@ -50,6 +50,7 @@ from troupe.messages.steps import (
     Snapshot,
     Span,
     SpanKind,
+    TokenFigures,
     Unfinished,
     Update,
 )
@@ -113,6 +114,7 @@ __all__ = [
     "Step",
     "StepRows",
     "Stop",
+    "TokenFigures",
     "ToolCall",
     "Turn",
     "TurnTaken",

@@ -106,6 +106,15 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Whether the run ends here, so that the plain model folder `final/` is written too."""
 
 
+class TokenFigures(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What learning knows of each token of a completion; NaN where it was not learned from."""
+
+    entropies: tuple[float, ...]
+    """(T,) of the policy that the step began with, before each token, in nats."""
+    ratios: tuple[float, ...]
+    """(T,) by how much likelier than to the policy that sampled it each token is to the one that learned last."""
+
+
 class GroupClosed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
     """Learner → Metrics, and → Prompter where the group holds a credit: a group reached its end.
 
@@ -123,6 +132,8 @@ class GroupClosed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """(G,) Σ weight·score over the scores that are there; None where none is, or one is missing through a fault."""
     advantages: tuple[float, ...] | None = None
     """(G,) None where the group was not trained on."""
+    token_figures: tuple[TokenFigures | None, ...] = ()
+    """(G,) where they are kept."""
 
 
 class Settle(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):

@@ -25,9 +25,14 @@ class SetStanding(msgspec.Struct, frozen=True, kw_only=True):
     error: float | None = None
     """Standard error of the newest."""
 
+    @property
+    def is_share(self) -> bool:
+        """Whether it is a part of 1."""
+        return self.figure.startswith(_SHARES)
+
     def __str__(self) -> str:
         def told(value: float) -> str:
-            return f"{value:.1%}" if self.figure.startswith(_SHARES) else f"{value:.3f}"
+            return f"{value:.1%}" if self.is_share else f"{value:.3f}"
 
         versions = list(self.values)
         first, newest = versions[0], versions[-1]

@@ -23,7 +23,7 @@ from troupe.daemon.page.server import Page
 from troupe.daemon.trainer.frames import Happened, Started, Stepped
 from troupe.errors import ConfigError
 from troupe.messages import Checkpoint, Done, Drain, Incident, Pause, Refused, Resume, Status, Step, Stop
-from troupe.records.report.static import CHART_SCRIPTS, CHART_STYLES
+from troupe.records.report.static import BROWSER_SCRIPTS, CHART_SCRIPTS, CHART_STYLES
 from troupe.runtime.http import HOST, HttpLimits
 
 pytestmark = pytest.mark.anyio
@@ -194,8 +194,8 @@ async def test_its_files_have_no_script_and_no_style_within(tmp_path: Path) -> N
             re.findall('<script src="(.*?)"', page),
             re.findall('<link rel="stylesheet" href="(.*?)"', page),
         )
-        assert scripts[:-4] == [Path(name).name for name in CHART_SCRIPTS]
-        assert styles == [*(Path(name).name for name in CHART_STYLES), "live.css"]
+        assert scripts[:-5] == [Path(name).name for name in (*CHART_SCRIPTS, *BROWSER_SCRIPTS)]
+        assert styles == [*(Path(name).name for name in CHART_STYLES), "live.css", "completions.css"]
         assert len(scripts) == page.count("<script") - 1, "the other one is data"
         for name in (*scripts, *styles):
             assert (await visitor.ask(visitor.base + name)).status == 200

@@ -6,10 +6,12 @@ import re
 
 import pytest
 
-from troupe.records.report.static import CHART_SCRIPTS, CHART_STYLES, read_asset
+from troupe.records.report.static import BROWSER_SCRIPTS, BROWSER_STYLES, CHART_SCRIPTS, CHART_STYLES, read_asset
+
+_BROWSER = (*BROWSER_SCRIPTS, *BROWSER_STYLES, "embedded.js")
 
 
-@pytest.mark.parametrize("name", [*CHART_STYLES, *CHART_SCRIPTS, "bars.js", "report.html", "report.js"])
+@pytest.mark.parametrize("name", [*CHART_STYLES, *CHART_SCRIPTS, *_BROWSER, "bars.js", "report.html", "report.js"])
 def test_assets_need_no_network(name: str) -> None:
     text = read_asset(name)
     assert not re.search("https?:", text)
@@ -19,10 +21,10 @@ def test_assets_need_no_network(name: str) -> None:
 
 
 def test_every_class_that_is_used_has_a_look() -> None:
-    style = read_asset("style.css")
+    style = "".join(map(read_asset, ("style.css", *BROWSER_STYLES)))
     page = re.sub(r"\{[{%].*?[%}]\}", " ", read_asset("report.html"))
     used = {name for names in re.findall(r'class="([^"]*)"', page) for name in names.split()}
-    scripts = "".join(read_asset(name) for name in (*CHART_SCRIPTS[1:], "bars.js"))
+    scripts = "".join(read_asset(name) for name in (*CHART_SCRIPTS[1:], *BROWSER_SCRIPTS, "bars.js"))
     used |= {name for names in re.findall(r'html\("\w+", "([\w -]+)"', scripts) for name in names.split()}
     assert used
     assert {name for name in used if f".{name}" not in style} <= {"number", "name"}

@@ -197,7 +197,7 @@ class Learner(Actor):
         with self.report.span("publish", step=self.version - 1):
             self._board.publish(self.version, self.weights)
         async with finishing(self.closing_s):  # the step counts: whoever stops us, its end is reported
-            await self._close(step, learned.advantages)
+            await self._close(step, learned)
             update = self._update(step, {**learned.metrics, **of_rows}, time.perf_counter() - started_s)
             await self._to.updates.send(update)
             self._snapshots.add(update.metrics)
@@ -221,9 +221,8 @@ class Learner(Actor):
         if curriculum is None:
             return {}, ""
         rates = pass_rates(step.groups, self._trainer.reward_weights, curriculum.config)
-        before = curriculum.is_retired
         metrics = curriculum.learned(self.version, rates, self._snapshots.oldest_open(self._trainer.config.batch_size))
-        return metrics, curriculum.retirement if curriculum.is_retired and not before else ""
+        return metrics, curriculum.news()
 
     async def _set_rate(self, lr: float) -> None:
         """Another peak for the next step and all that follow."""
@@ -252,7 +251,7 @@ class Learner(Actor):
                 "lower learner.lr, or look for scores that are huge"
             )
 
-    async def _close(self, step: StepGroups, advantages: Mapping[int, tuple[float, ...]]) -> None:
+    async def _close(self, step: StepGroups, learned: Learned) -> None:
         for state in dict.fromkeys(step.states.values()):
             gids = [gid_of(group) for group in step.ending(state)]
             self.report.mark(f"close: {state}", step=self.version - 1, gids=gids)
@@ -271,7 +270,8 @@ class Learner(Actor):
                 version=self.version,
                 scored=group,
                 rewards=weighted_rewards(group, self._trainer.reward_weights),
-                advantages=advantages.get(prompt.gid),
+                advantages=learned.advantages.get(prompt.gid),
+                token_figures=learned.figures.get(prompt.gid, ()),
             )
             await self._to.closed_to_metrics.send(closed)
             if prompt.gid not in step.replaced:

@@ -18,11 +18,12 @@ from troupe.actors.learner.batch import Assembled, CompletionLogProbs, assemble
 from troupe.actors.learner.gathering import StepGroups, gid_of, slot_of
 from troupe.actors.learner.measures import num_tokens
 from troupe.actors.learner.scores import group_statistics, has_signal, spread_statistics
+from troupe.actors.learner.token_figures import Watched
 from troupe.actors.ledgers import OpenGroups
 from troupe.grpo import Batch, LearnerConfig, StepResult, learning_rate, sync_reference, train_on_batch
 from troupe.grpo.loss import has_entropy_bonus
 from troupe.grpo.ranks import OneRank, Ranks
-from troupe.messages import MemberStatus, ScoredGroup, Snapshot, Unfinished
+from troupe.messages import MemberStatus, ScoredGroup, Snapshot, TokenFigures, Unfinished
 from troupe.policy import Base, NetworkConfig, Weights
 from troupe.runtime.device import DeviceThread
 from troupe.runtime.linux_cpu import blas_limited
@@ -52,6 +53,8 @@ class Learned(NamedTuple):
     metrics: dict[str, float]
     advantages: dict[int, tuple[float, ...]]
     """Gid → (G,) of the groups that were trained on."""
+    figures: dict[int, tuple[TokenFigures | None, ...]]
+    """Gid → (G,) of the same groups, where they are kept."""
     parts: list[tuple[str, float, float]]
     """Parts of the work, with start and end (`time.perf_counter`)."""
 
@@ -120,8 +123,13 @@ class BatchTrainer:
         self.others: OtherRanks | None = None
         self.ranks: Ranks = OneRank()
         """That learn a batch together."""
+        self.watched: Watched | None = None
         self.told: Callable[[int, Batch | None, Sequence[float]], None] = lambda version, batch, rates: None
         """Called with every step before it is learned: the version that it begins with, and learning rates."""
+
+    def watch(self) -> None:
+        """Keep what is computed of each token, for those who close its group."""
+        self.watched = Watched(self._log_probs)
 
     def open(self) -> None:
         """Get ready, on the thread that `train` will be called on."""
@@ -148,6 +156,7 @@ class BatchTrainer:
             parts.append((name, parts[-1][2] if parts else began_s, time.perf_counter()))
 
         advantages: dict[int, tuple[float, ...]] = {}
+        figures: dict[int, tuple[TokenFigures | None, ...]] = {}
         metrics, batch = self.describe(step), None
         if trained := step.ending("trained"):
             assembled = self.assemble(trained, step.oldest if step.drops_stale else None)
@@ -157,7 +166,9 @@ class BatchTrainer:
         self.told(state.version, batch, self.learning_rates(state.version))
         state, of_result = self.advance(state, batch, end_part)
         state = msgspec.structs.replace(state, num_tokens=state.num_tokens + num_tokens(step.groups))
-        return Learned(state, {**metrics, **of_result}, advantages, parts)
+        if self.watched is not None:
+            figures = self.watched.collect(trained)
+        return Learned(state, {**metrics, **of_result}, advantages, figures, parts)
 
     def advance(
         self, state: LearnerState, batch: Batch | None, on_part: Callable[[str], None]
@@ -207,7 +218,7 @@ class BatchTrainer:
                 state.weights,
                 state.optimizer_state,
                 batch,
-                self._log_probs,
+                self.watched or self._log_probs,
                 self.config,
                 lr=self.learning_rates(state.version),
                 ref_weights=state.reference,

@@ -11,6 +11,10 @@ CHART_SCRIPTS = ("vendor/uPlot.iife.min.js", "format.js", "settings.js", "series
 CHART_STYLES = ("vendor/uPlot.min.css", "style.css")
 """How pages with charts look, likewise."""
 
+BROWSER_SCRIPTS = ("conversation.js", "difference.js", "completion.js", "completions.js")
+"""What browses completions, after `format.js`; a source of them comes after it."""
+BROWSER_STYLES = ("completions.css",)
+
 
 def read_asset(name: str, folder: Path = SHARED) -> str:
     """The text of a page's file, such as `style.css`: of the given folder, or else of those that pages share."""

@@ -13,11 +13,11 @@ import msgspec
 
 from troupe.dataset import CurriculumConfig
 from troupe.errors import OutputError
-from troupe.messages import Evaluated, PromptText
+from troupe.messages import Evaluated, EvaluatedRow, PromptText
 from troupe.records.layout import RUN_TOML, STORE
 from troupe.records.store import completions
 from troupe.records.store.completions import Key, Piece, Query, StoredCompletion
-from troupe.records.store.evaluations import stored_evaluations
+from troupe.records.store.evaluations import stored_evaluations, stored_rows
 from troupe.records.store.format import DamagedStoreError, connect_to_read, is_in_use, refuse_newer
 from troupe.records.store.glance import Glance, read_glance
 from troupe.records.store.members import StoredMember, stored_members
@@ -192,6 +192,10 @@ class StoredRun:
         """Every evaluation without its rows, by version."""
         return stored_evaluations(self._connection)
 
+    def evaluated_rows(self, version: int, name: str) -> tuple[EvaluatedRow, ...]:
+        """What a version answered to each row of a set; nothing where that is not stored."""
+        return stored_rows(self._connection, version, name)
+
     def members(self) -> list[StoredMember]:
         """Who did work in a process of its own, start by start."""
         return list(stored_members(self._connection))
@@ -208,6 +212,14 @@ class StoredRun:
         """The first and the newest step that have any; none, or one, where there are no two."""
         ends = self._connection.execute("SELECT min(step), max(step) FROM completions").fetchone()
         return [step for step in dict.fromkeys(ends) if step is not None]
+
+    def rows_seen_most(self, count: int) -> list[int]:
+        """The dataset rows that most groups were of, and more than one."""
+        sql = (
+            "SELECT row FROM groups WHERE row IS NOT NULL GROUP BY row HAVING count(*) > 1"
+            " ORDER BY count(*) DESC, row LIMIT ?"
+        )
+        return [row for (row,) in self._connection.execute(sql, (count,))]
 
     def reward_names(self) -> list[str]:
         """The rewards of the newest group."""

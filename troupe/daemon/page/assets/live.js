@@ -13,6 +13,7 @@ const CHARTS = JSON.parse(at("charts").textContent);
 
 let curves = { step: [] };
 let status = null;
+let heldOut = [];
 let groups = [];
 let incidents = [];
 let over = null;
@@ -22,6 +23,7 @@ let reading = false;
 let asking = false;
 const peaks = {};
 const places = [];
+let heldOutPlace = null;
 
 // ---- data
 
@@ -78,6 +80,24 @@ function recentMean(name, count) {
   return values.length ? values.reduce((sum, value) => sum + value, 0) / values.length : null;
 }
 
+// what was evaluated, where the run was by then
+function drawHeldOut(x) {
+  heldOutPlace ||= html("figure", "card", null);
+  if (!heldOut.length || !places.length) return;
+  places[0].after(heldOutPlace);
+  const seen = (values, step) => {
+    const place = x.step.findLastIndex((known) => known <= step);
+    return place < 0 ? 0 : values[place];
+  };
+  const series = heldOut.map(({ name, figure, step, y, errors }) => {
+    const along = (values) => step.map((each) => seen(values, each));
+    return { name: `${name} ${figure}`, x: { step, time: along(x.time), tokens: along(x.tokens) }, y, errors, points: true };
+  });
+  const format = heldOut.every(({ share }) => share) ? "percent" : "number";
+  const about = "Rows that are not trained on, with standard errors.";
+  troupeChart(heldOutPlace, { key: "held_out", title: "Held-out", about, format, series });
+}
+
 // charts that not every run has are there once something of them is measured
 function drawCurves() {
   const x = axesOf();
@@ -88,6 +108,7 @@ function drawCurves() {
     const { key, title, about, format, smooth, least: min } = chart;
     troupeChart(place, { key, title, about, format, smooth, min, empty: curves.step.length ? "" : "comes with the first step", series: seriesOf(chart, x) });
   });
+  drawHeldOut(x);
 }
 
 // ---- drawing a few times a second, however much comes
@@ -154,6 +175,10 @@ const handlers = {
   },
   curves(table) {
     curves = { step: [], ...table };
+    touch("curves");
+  },
+  held_out(sets) {
+    heldOut = sets;
     touch("curves");
   },
   step({ step, figures }) {

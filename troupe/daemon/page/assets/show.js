@@ -3,6 +3,7 @@
 
 const GROUPS = 8;
 const FINDINGS = 3;
+const HELD_OUT = 2;
 const REPORTS = / (incidents|spans)$/;
 
 // ---- words
@@ -82,6 +83,7 @@ function showStatus() {
   const count = sum(status.incidents);
   say("mishaps", whole(count));
   say("mishaps-more", count ? listed(status.incidents) : "none");
+  showHeldOut();
   const { activity } = status;
   say("now", activity && !over && !lost ? activity.what + activity.detail : "\u00a0");
   at("now").classList.toggle("waits", Boolean(activity && activity.waiting));
@@ -90,6 +92,20 @@ function showStatus() {
   showQueues();
   showGroups();
   showMembers();
+}
+
+// a tile for each of the first sets
+function showHeldOut() {
+  heldOut.slice(0, HELD_OUT).forEach(({ name, figure: measure, share, step, y, errors }, i) => {
+    const tile = at(`held-out-${i}`);
+    const format = share ? "percent" : "number";
+    const error = errors[errors.length - 1];
+    tile.hidden = false;
+    set(tile.children[0], `${name} ${measure}`);
+    const since = y.length > 1 ? `from ${figure(y[0], format)}` : step[0] ? `at step ${whole(step[0])}` : "before training";
+    set(tile.children[1], figure(y[y.length - 1], format));
+    set(tile.children[2], known(error) ? `± ${figure(error, format)}, ${since}` : since);
+  });
 }
 
 function showButtons(phase) {
@@ -224,61 +240,6 @@ function showIncidents() {
     const times = incident.times > 1 ? ` (${whole(incident.times)} times)` : "";
     set(row.children[2], `${incident.actor}: ${incident.message}${times}`);
   });
-}
-
-// what is told of a turn, as facts_of in conversations.py
-function factsOf(one) {
-  const facts = one.row ? [`new row after ${whole(one.row)} tokens`] : [];
-  if (one.turn) facts.push(`${whole(one.tokens || 0)} tokens`);
-  if (one.read) facts.push(`${whole(one.read)} read`);
-  if (one.seconds) facts.push(figure(one.seconds, "seconds"));
-  if (one.reward !== undefined && one.reward !== null) facts.push(`reward ${figure(one.reward)}`);
-  return facts;
-}
-
-const ROLES = ["system", "user", "assistant", "tool"];
-
-function anyWay(className, to, text) {
-  const node = html("pre", className, to, text);
-  node.dir = "auto";
-  return node;
-}
-
-function folded(to, title, text) {
-  const details = html("details", "", to);
-  html("summary", "", details, title);
-  anyWay("", details, text);
-}
-
-function call(to, { name, arguments: given, result, error, seconds }) {
-  const details = html("details", "call", to);
-  const summary = html("summary", "", details);
-  html("code", "", summary, `${name} ${given}`);
-  if (seconds) html("span", "", summary, figure(seconds, "seconds"));
-  if (error) html("span", "failed", summary, "failed");
-  anyWay("", details, given);
-  if (error) html("p", "failed", details, error);
-  if (result) anyWay("", details, result);
-}
-
-// who said what, calls of tools and thoughts folded; the report's template builds the same
-function conversation(to, said) {
-  const box = html("div", "conversation", to);
-  box.tabIndex = 0;
-  box.setAttribute("role", "group");
-  box.setAttribute("aria-label", "conversation");
-  for (const one of said) {
-    const part = html("div", `said ${ROLES.includes(one.role) ? one.role : "other"}`, box);
-    const head = html("div", "said-head", part);
-    html("b", "", head, one.turn ? `turn ${one.turn}` : one.role);
-    for (const fact of factsOf(one)) html("span", "", head, fact);
-    if (one.thoughts) folded(part, "thoughts", one.thoughts);
-    if (one.role === "system" && one.text.length > 240) folded(part, `${one.text.slice(0, 60)} …`, one.text);
-    else if (one.text || !(one.calls || one.thoughts || one.failed)) anyWay("", part, one.text || "(nothing)");
-    for (const each of one.calls || []) call(part, each);
-    if (one.failed) html("p", "failed", part, `failed: ${one.failed}`);
-    if (one.info) folded(part, "info", one.info);
-  }
 }
 
 function talk(to, { group, at: unix }) {

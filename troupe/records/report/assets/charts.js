@@ -142,7 +142,8 @@
       const text = formatValue(line.y[place], spec.format);
       return line.errors && known(line.errors[place]) ? `${text} ± ${formatValue(line.errors[place], spec.format)}` : text;
     });
-    state.at.textContent = at === null ? "" : AXES[chosen.axis].told(at);
+    const mark = at === null ? null : (spec.marks || []).find((one) => known(one[chosen.axis]) && state.xs[nearestPlace(state.xs, one[chosen.axis])] === at);
+    state.at.textContent = at === null ? "" : `${mark ? `${mark.label.split(",")[0]} · ` : ""}${AXES[chosen.axis].told(at)}`;
     state.told = `${spec.title}, ${state.at.textContent || "newest"}: ${lines.map((line, i) => (lines.length > 1 ? `${line.name} ${texts[i]}` : texts[i])).join(", ")}`;
     const single = lines.length === 1 && !lines[0].run;
     state.value.textContent = single ? texts[0] : "";

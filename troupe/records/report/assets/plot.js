@@ -93,7 +93,7 @@ const chartPlot = (() => {
           gap: 6,
           grid: { stroke: () => colour("grid"), width: 1 },
           size: (plot, texts) => 12 + 6.3 * Math.max(2, ...(texts || []).map((text) => text.length)),
-          splits: (plot, at, low, high) => (isLog(state) ? logTicks : roundTicks)(low, high, plot.height > 220 ? 5 : 3),
+          splits: (plot, at, low, high) => (isLog(state) ? logTicks : roundTicks)(low, high, plot.height > 220 ? 6 : 4),
           values: (plot, ticks) => ticks.map((value) => formatValue(Math.abs(value) < 1e-12 * plot.scales.y.max ? 0 : value, state.spec.format)),
         },
       ],

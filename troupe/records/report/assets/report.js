@@ -12,5 +12,6 @@
     troupeBars(element, { rows, total: shares ? 1 : Math.max(...sums), format: shares ? "percent" : "seconds" });
     drawn += 1;
   }
+  if (at("completions")) troupeCompletions(at("completions"), embeddedCompletions(data.completions));
   document.body.dataset.drawn = String(drawn);
 })();
