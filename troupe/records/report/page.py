@@ -1,6 +1,6 @@
 """The picture of a run → one HTML page; how its parts are put together is in `template.py`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -82,12 +82,12 @@ class Talk(msgspec.Struct, frozen=True, kw_only=True):
     """Of a completion that acted: what was said, in place of its prompt."""
 
 
-def report_page(run: RunPicture) -> str:
-    """The page as HTML text."""
+def report_page(run: RunPicture, browsed: Mapping[str, Any] | None = None) -> str:
+    """The page as HTML text. `browsed`: completions that can be looked through, as `browse.part_in` has them."""
     sections = sections_of(run)
     bars = bars_of(run)
     charts = [chart for section in sections for chart in section.charts]
-    data = chart_data(charts, [Axes.of(run.metrics)], marks_of(run)) | {"bars": bars, "completions": run.stored.browsed}
+    data = chart_data(charts, [Axes.of(run.metrics)], marks_of(run)) | {"bars": bars, "completions": browsed or {}}
     live = run.folder if run.state not in _OVER else ""
     members = run.stored.members if _is_crowd(run.stored.members) else ()
     return rendered(
@@ -107,7 +107,7 @@ def report_page(run: RunPicture) -> str:
         bars=[name for name, rows in bars.items() if rows],
         most_scores=_MOST_SCORES,
         talks=list(_talks(run)),
-        browses=bool(run.stored.browsed.get("rows")),
+        browses=bool(browsed and browsed["rows"]),
         incidents_shown=INCIDENTS_SHOWN,
         members=members[-_MOST_MEMBERS:],
         members_left_out=max(0, len(members) - _MOST_MEMBERS),
