@@ -45,7 +45,8 @@ from troupe.messages import (
 )
 from troupe.policy import Base, Companions, CompletedGroup, Completion, RolloutRequest
 from troupe.rewards import RewardManager
-from troupe.run.inputs import Inputs, curriculum_for
+from troupe.run.curriculum import curriculum_for
+from troupe.run.inputs import Inputs
 from troupe.run.ledgers import Factories
 from troupe.run.prepare import Prepared, Start
 from troupe.run.resume.newest import Identity, Restored

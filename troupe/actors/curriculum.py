@@ -38,6 +38,7 @@ class Curriculum:
         self._chosen: dict[int, StepRows] = {}
         self.end: int | None = None
         """The first step that is not begun, because every row is retired; None: there is none."""
+        self._has_told = False
         self._choose_ahead(0)
 
     @property
@@ -45,9 +46,11 @@ class Curriculum:
         """Whether no row is left that is not mastered."""
         return self._pools.counts["retired"] == self._rows
 
-    @property
-    def retirement(self) -> str:
-        """What happens where that is so, in a sentence."""
+    def news(self) -> str:
+        """That every row is retired, and what happens then, in a sentence; empty where it is not so, or was told."""
+        if not self.is_retired or self._has_told:
+            return ""
+        self._has_told = True
         goes_on = "the run goes on with those of the lowest pass rates"
         if self.end is not None:
             goes_on = f"the run ends after step {self.end}"

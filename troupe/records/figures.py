@@ -253,12 +253,10 @@ FIGURES = {
     "groups/stale": Figure(chart="groups", name="stale"),
     "groups/quarantined": Figure(",.0f", panel=("completions", "unscored"), chart="groups", name="quarantined"),
     **{
-        f"curriculum/{pool}": Figure(
-            ",.0f", panel=("rows", pool), status=",.0f", chart="pools", name=pool, of="curriculum"
-        )
+        f"curriculum/{pool}": Figure(",.0f", status=",.0f", chart="pools", name=pool, of="curriculum")
         for pool in _POOLS
     },
-    "curriculum/unseen": Figure(chart="pools", name="never seen", of="curriculum"),
+    "curriculum/unseen": Figure(",.0f", chart="pools", name="never seen", of="curriculum"),
     **{f"curriculum/share_{pool}": Figure(chart="pool_shares", name=pool, of="curriculum") for pool in _POOLS},
     "sampling/importance_sampling_ratio/mean": Figure(chart="importance_ratio"),
     "tokens_per_second": Figure(",.0f", "tokens/s", ("speed", "tokens/s"), status=",.0f", chart="tokens_per_second"),

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import msgspec
 
-from troupe.actors.curriculum import Curriculum
 from troupe.actors.evaluator.decoding import EvalSet
 from troupe.actors.evaluator.settings import HELD_OUT
 from troupe.actors.schedule import PromptSchedule, count_steps, describe_prompts, think_notices, tokenize_prompts
@@ -33,6 +32,7 @@ from troupe.run.acting import (
     make_rewards,
 )
 from troupe.run.config import RunConfig
+from troupe.run.curriculum import curriculum_for, curriculum_notices
 from troupe.run.engines import check_engine_inputs
 from troupe.run.resume.check import Resumption
 from troupe.run.sets import OF_EVALUATION, early_stop, finished_sets, judged_by, read_sets
@@ -114,6 +114,10 @@ def load_inputs(
     if acting_setup is not None:
         acting_setup = acting_setup.within(longest, config.generation.max_completion_length)
         notices += acting_setup.notices(config)
+    total_steps = count_steps(
+        dataset.in_all, batch_size=learner.batch_size, epochs=learner.epochs, max_steps=learner.max_steps
+    )
+    notices += curriculum_notices(config.curriculum, rows=dataset.in_all, prompts=total_steps * learner.batch_size)
     return Inputs(
         config=config,
         source=policy.path,
@@ -126,9 +130,7 @@ def load_inputs(
         longest_prompt=longest,
         acting_setup=acting_setup,
         calls=calls,
-        total_steps=count_steps(
-            dataset.in_all, batch_size=learner.batch_size, epochs=learner.epochs, max_steps=learner.max_steps
-        ),
+        total_steps=total_steps,
         description=_described(dataset, prompt_ids, sets, policy),
         notices=tuple(notices),
     )
@@ -178,25 +180,6 @@ def _described(
         name = "held out" if each.name == HELD_OUT else f"evaluated as {each.name}"
         told.append(f"{name}: {describe_prompts(each.dataset, each.prompt_ids, policy.tokenizer)}")
     return "\n".join(told)
-
-
-def curriculum_for(config: RunConfig, dataset: PromptDataset, rewards: RewardManager) -> Curriculum | None:
-    """What chooses the rows; None where each epoch has all of them. ConfigError for a reward that there is not."""
-    settings, learner, schedule = config.curriculum, config.learner, config.schedule
-    if not settings.enabled:
-        return None
-    if settings.reward is not None and settings.reward not in rewards.names:
-        names = ", ".join(rewards.names)
-        raise ConfigError(f"curriculum.reward is {settings.reward!r}, but the run's rewards are {names}; name one")
-    return Curriculum(
-        settings,
-        dataset,
-        batch_size=learner.batch_size,
-        seed=config.seed,
-        shuffle=config.data.shuffle,
-        ahead=schedule.max_staleness if schedule.mode == "pinned" else None,
-        attempts=learner.max_resampling_attempts if learner.dynamic_sampling else 0,
-    )
 
 
 def _about(config: RunConfig, policy: Policy, opened: str) -> list[str]:

@@ -180,6 +180,10 @@ def test_light_and_dark(tmp_path: Path, browser: Any) -> None:
     assert light[1] != dark[1]
     tab.page.click(".theme-switch")
     assert tab.page.evaluate(ground) == dark[0]
+    tab.page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert (tab.page.evaluate(ground), tab.of_each(stroke)[0]) == light, "paper is light"
+    tab.page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert (tab.page.evaluate(ground), tab.of_each(stroke)[0]) == dark
     tab.close()
 
 
@@ -199,4 +203,7 @@ def test_hostile_text_does_nothing(tmp_path: Path, browser: Any) -> None:
         assert tab.page.locator("img").count() == 0
         assert tab.page.locator("script").count() == 2
         assert tab.page.locator("details.call").count() == calls
+        chart = {"series": [{"name": '=HYPERLINK("x")', "x": {"step": [1, 2]}, "y": [0.5, None]}]}
+        lines = tab.page.evaluate("chartAsCsv", chart)
+        assert lines == 'step,"\'=HYPERLINK(""x"")"\r\n1,0.5\r\n2,\r\n', "no formula for a spreadsheet"
         tab.close()

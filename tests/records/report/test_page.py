@@ -14,7 +14,7 @@ import pytest
 from tests.records.members import ALONE, LAPTOP
 from tests.records.report.folders import Clock, finish, make_run, metrics_of, tell
 from tests.records.report.pages import Page
-from tests.records.sinks.steps import status
+from tests.records.sinks.steps import evaluated, status
 from tests.support.stored import LONG_RESULT, acted, acted_rollout, closed, update
 from troupe.messages import Answer, CheckpointWritten, Incident, PromptText, ToolCall
 from troupe.records.browse import part_in
@@ -88,7 +88,7 @@ def test_what_one_reads_first(tmp_path: Path) -> None:
     for part in (
         "reward 0.5 from 0.1",
         "held-out accuracy 50.0 % from 25.0 %",
-        "held-out r 0.5 from –",
+        "r – 0.5",
         "steps 5 of 5, epoch 1.25",
         "time 50 s",
         "tokens/s 30 500 in all",
@@ -101,8 +101,28 @@ def test_what_one_reads_first(tmp_path: Path) -> None:
         "0 throughout, and not drawn: clipped tokens.",
     ):
         assert part in text, part
-    assert "s – 0.75" in text  # the table, since there are three scores
+    assert "s – 0.75" in text
     assert "go on with" not in text
+
+
+def test_held_out_rows_have_charts_with_errors_a_table_and_a_verdict(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    sink = SqliteSink(tmp_path / "run.sqlite", first_step=5)
+    sink.open()
+    for message in (evaluated(0, 0.25), evaluated(4, 0.75), evaluated(0, name="once")):
+        sink.write(message)
+    sink.flush()
+    sink.close()
+    page = page_of(tmp_path)
+    [chart] = [chart for chart in page.data["charts"] if chart["title"] == "held_out: avg@1"]
+    [line] = chart["series"]
+    assert (line["name"], line["y"], line["errors"], line["points"]) == ("avg@1", [0.25, 0.75], [0.1, 0.1], True)
+    assert page.data["axes"][line["axes"]]["step"] == [0, 4]
+    text = page.visible
+    assert "From step 0 to 4: 0 rows better, 0 worse, 2 equal; this may be noise: p = 1, exact sign test" in text
+    assert "avg@1 0.25 ± 0.10 0.75 ± 0.10 0.75 ± 0.10 (step 4)" in text
+    assert "held-out avg@1 0.75 ± 0.10 from 0.25 ± 0.10" in text
+    assert "once" in page.within("h3")
 
 
 def test_a_run_that_was_cut_off_says_how_to_go_on(tmp_path: Path) -> None:

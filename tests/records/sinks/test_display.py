@@ -212,6 +212,16 @@ def test_held_out_rows_now_and_at_their_best(width: int) -> None:
     assert told in "\n".join(drawn(display, width))
 
 
+@pytest.mark.parametrize("width", [80, 160])
+def test_rows_by_pool_have_a_line_where_there_is_a_curriculum(width: int) -> None:
+    display = Display(RUN, clock=Clock())
+    display.add(update(1, reward=0.5))
+    assert "retired" not in "\n".join(drawn(display, width))
+    pools = {"curriculum/easy": 12.0, "curriculum/normal": 1500.0, "curriculum/hard": 3.0, "curriculum/retired": 0.0}
+    display.add(update(2, {"reward": 0.5} | pools))
+    assert "rows      easy 12   normal 1,500   hard 3   retired 0" in "\n".join(drawn(display, width))
+
+
 def test_reward_functions_share_a_line_where_there_are_several() -> None:
     display = Display(RUN, clock=Clock())
     display.add(update(2, {"reward": 0.5, "rewards/r0/mean": 0.5}))

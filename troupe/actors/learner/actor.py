@@ -221,9 +221,8 @@ class Learner(Actor):
         if curriculum is None:
             return {}, ""
         rates = pass_rates(step.groups, self._trainer.reward_weights, curriculum.config)
-        before = curriculum.is_retired
         metrics = curriculum.learned(self.version, rates, self._snapshots.oldest_open(self._trainer.config.batch_size))
-        return metrics, curriculum.retirement if curriculum.is_retired and not before else ""
+        return metrics, curriculum.news()
 
     async def _set_rate(self, lr: float) -> None:
         """Another peak for the next step and all that follow."""

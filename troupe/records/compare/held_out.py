@@ -7,11 +7,12 @@ import msgspec
 
 from troupe.messages import Evaluated, EvaluatedRow
 from troupe.records.standing import Summary
-from troupe.rewards.estimates import Comparison, compared
+from troupe.rewards.estimates import Comparison, compared, scores_by_row
 
 _OLD_SET = "held_out"
 _HEADLINES = ("accuracy", "avg@", "pass@")
 """How a set's most telling figure is called; the first that there is."""
+_WORDS = {"length": "tokens a completion", "clipped": "cut at the limit", "missing": "without a score"}
 _TOLD = ("accuracy", "avg@", "pass@", "maj@", "length")
 
 
@@ -52,6 +53,11 @@ class HeldOut(msgspec.Struct, frozen=True, kw_only=True):
         return next(
             (name for start in _HEADLINES for name in self.figures if name.startswith(start)), next(iter(self.figures))
         )
+
+    @property
+    def gained(self) -> Comparison | None:
+        """The newest version against the first, row by row; None where there is one only, or rows are not stored."""
+        return compared(scores_by_row(self.first_rows), scores_by_row(self.rows))
 
 
 def held_out_of(evaluations: Sequence[Evaluated]) -> dict[str, HeldOut]:
@@ -96,6 +102,11 @@ def paired(first: HeldOut, second: HeldOut) -> Comparison | None:
 def is_share(figure: str) -> bool:
     """Whether a figure of a set is a part of its rows."""
     return figure == "accuracy" or figure.startswith(("pass@", "maj@"))
+
+
+def in_words(figure: str) -> str:
+    """A figure of a set for people."""
+    return _WORDS.get(figure, figure)
 
 
 def prompt_key(prompt: Any) -> str:

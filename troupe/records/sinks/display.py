@@ -148,15 +148,15 @@ class Display:
             first, second, third = (panel(heading, panels[heading], _WIDE_PANEL) for heading in _PANELS)
             room = width - 2 * (_WIDE_PANEL + GAP)
             right = beside([[*first, Text(" " * _WIDE_PANEL), *third], second])
-            functions, held_out = self._functions(), self._held_out_lines()
-            lines = max(chart, len(right) - 1 - len(functions) - len(held_out))
-            left = [*self._curve(room, lines), *functions, *held_out]
+            below = [*self._functions(), *self._pools(), *self._held_out_lines()]
+            left = [*self._curve(room, max(chart, len(right) - 1 - len(below))), *below]
             yield Block(beside([[padded(text, room) for text in left], right]))
             return
         heading, *curve = self._curve(width, chart)
         yield Block([heading])
         yield Block(curve, rank=1)
         yield Block(self._functions(), rank=5)
+        yield Block(self._pools(), rank=6)
         yield Block(self._held_out_lines(), rank=2)
         yield Block([Text()], rank=10)
         columns = max(1, min(len(_PANELS), (width + GAP) // (_PANEL_WIDTH + GAP)))
@@ -247,6 +247,20 @@ class Display:
             for part in ((f"{one_line(name, self._encoding)} ", "dim"), (f"{written(value, '.3f')}   ", ""))
         ]
         return [row("rewards", *parts)]
+
+    def _pools(self) -> list[Text]:
+        """How many rows are in each pool, where they are drawn by their pass rates."""
+        there = [
+            (figure, self._metrics[metric])
+            for metric, figure in FIGURES.items()
+            if figure.chart == "pools" and metric in self._metrics
+        ]
+        parts = [
+            part
+            for figure, value in there
+            for part in ((f"{figure.name} ", "dim"), (f"{written(value, figure.spec)}   ", ""))
+        ]
+        return [row("rows", *parts)] if parts else []
 
     def _held_out_lines(self) -> list[Text]:
         """How the sets of held-out rows stand, a line each."""
