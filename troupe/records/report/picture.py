@@ -16,6 +16,7 @@ from troupe.records.compare.held_out import HeldOut, held_out_before, held_out_o
 from troupe.records.curves import Thinned, Thinner
 from troupe.records.diagnosis import Diagnosis, in_a_line
 from troupe.records.diagnosis.past import awaiting
+from troupe.records.evaluations import read_evaluations
 from troupe.records.layout import CHANGES, METRICS, RUN_TOML, STORE
 from troupe.records.report.run_time import RunTime
 from troupe.records.sinks.jsonl import decode_step
@@ -163,7 +164,9 @@ def read_run(folder: Path, status: Status | None = None, notes: Sequence[str] = 
         incidents=overview.incidents if overview else summary.incidents,
         stored=stored,
         changes=tuple(_changes(folder / CHANGES)),
-        held_out=stored.held_out or (held_out_before(summary) if summary.steps >= step else {}),
+        held_out=stored.held_out
+        or held_out_of(read_evaluations(folder))
+        or (held_out_before(summary) if summary.steps >= step else {}),
         notes=tuple(notes),
         findings=diagnosis.all_findings,
     )
