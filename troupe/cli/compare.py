@@ -17,7 +17,6 @@ from troupe.records.compare.words import (
     HeldOutTable,
     about_figures,
     figures_told,
-    findings_told,
     held_out_tables,
     run_figures,
     setting_rows,
@@ -57,7 +56,7 @@ def show(found: RunComparison, width: int) -> Iterator[str]:
         yield from ["", "No setting differs."]
     for one in held_out_tables(found):
         yield from ["", f"Held-out rows: {one.name}", *_held_out(one, width)]
-    findings = [f"{run.name}: {told}" for run in found.runs if (told := findings_told(run))]
+    findings = [f"{run.name}: {told}" for run in found.runs if (told := run.picture.diagnosis)]
     yield from ["", *findings] if findings else []
     notes = [f"{run.name}: {note}" for run in found.runs for note in run.picture.notes]
     yield from ["", *notes] if notes else []

@@ -10,7 +10,6 @@ import msgspec
 from troupe.records import text as words
 from troupe.records.compare.held_out import HeldOut, Point, is_share, paired
 from troupe.records.compare.runs import ComparedRun, Group, RunComparison
-from troupe.records.diagnosis import in_a_line
 from troupe.records.text import MISSING
 from troupe.rewards.estimates import Comparison
 
@@ -73,11 +72,6 @@ def about_figures(found: RunComparison) -> str:
         f"First, last and best are mean rewards of {steps}; area is the mean reward of steps 1 to {level.steps:,}, "
         "which all runs have made."
     )
-
-
-def findings_told(run: ComparedRun) -> str:
-    """What is wrong with a run, by what holds now; empty where nothing is."""
-    return in_a_line([finding for finding in run.picture.findings if finding.until is None])
 
 
 def figures_told(run: ComparedRun, figures: Sequence[Figure]) -> list[str]:

@@ -12,7 +12,7 @@ from troupe.messages.evaluations import HELD_OUT
 from troupe.records import text as words
 from troupe.records.compare.held_out import HeldOut, Point, in_words, is_share
 from troupe.records.conversations import Said, conversation_of, facts_of, observed_within, shortened
-from troupe.records.diagnosis import in_a_line, remedy_for, steps_of
+from troupe.records.diagnosis import remedy_for, steps_of
 from troupe.records.report.charts import sections_of
 from troupe.records.report.data import Axes, bars_of, chart_data, marks_of
 from troupe.records.report.picture import INCIDENTS_SHOWN, RunPicture, State
@@ -41,8 +41,6 @@ BADGES: dict[State, str] = {
     "new": "",
 }
 _BEST_OF = ("accuracy", "avg@", "pass@", "maj@")
-_OVER: tuple[State, ...] = ("finished", "stopped", "crashed", "new")
-"""Nobody is there who could be asked for something."""
 _SETTINGS = (
     ("model", "model.path"),
     ("weights", "model.dtype"),
@@ -104,7 +102,7 @@ def report_page(run: RunPicture) -> str:
     of_sets = [axes.at(held_out.versions) for held_out in run.held_out.values()]
     data = chart_data(charts, [axes, *of_sets], marks_of(run))
     data |= {"bars": bars, "completions": run.stored.browsed}
-    live = run.folder if run.state not in _OVER else ""
+    live = run.folder if run.goes_on else ""
     members = run.stored.members if _is_crowd(run.stored.members) else ()
     return rendered(
         "report.html",
@@ -113,7 +111,6 @@ def report_page(run: RunPicture) -> str:
         data=data,
         filters={"plain": _value, "facts": facts_of, "remedy": partial(remedy_for, folder=live), "steps": steps_of},
         run=run,
-        holding=in_a_line([finding for finding in run.findings if finding.until is None], live),
         name=Path(run.folder).name,
         badge=BADGES[run.state],
         facts=list(_facts(run)),

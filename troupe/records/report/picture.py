@@ -15,7 +15,8 @@ from troupe.messages import Finding, Phase, Status
 from troupe.records.browse import part_of
 from troupe.records.compare.held_out import HeldOut, held_out_before, held_out_of
 from troupe.records.curves import Thinned, Thinner
-from troupe.records.diagnosis import Diagnosis
+from troupe.records.diagnosis import Diagnosis, in_a_line
+from troupe.records.diagnosis.past import awaiting
 from troupe.records.layout import CHANGES, METRICS, RUN_TOML, STORE
 from troupe.records.report.run_time import RunTime
 from troupe.records.sinks.jsonl import decode_step
@@ -114,6 +115,17 @@ class RunPicture(msgspec.Struct, frozen=True, kw_only=True):
     findings: tuple[Finding, ...] = ()
     """What the figures say is wrong; those that are over come last."""
 
+    @property
+    def diagnosis(self) -> str:
+        """The findings that hold, in a line; empty where there is none."""
+        holding = [finding for finding in self.findings if finding.until is None]
+        return in_a_line(holding, self.folder if self.goes_on else "")
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether somebody is there who can be asked for something."""
+        return self.state not in ("finished", "stopped", "crashed", "new")
+
     def values(self, name: str) -> list[float]:
         """What is known of a metric, in order: of each step, or of the steps of each point."""
         curve = self.metrics.curves.get(name)
@@ -128,11 +140,11 @@ def read_run(folder: Path, status: Status | None = None, notes: Sequence[str] = 
     fate = read_standing(folder)
     notes = list(notes)
     config, config_text = _config(folder, notes)
-    diagnosis = Diagnosis(config)
+    diagnosis = awaiting(config, folder)
     stored, metrics, seconds = _stored(folder, notes, diagnosis)
     lines = folder / METRICS
     if (not metrics.steps or metrics.steps[0] > metrics.steps_a_point) and lines.is_file():  # none, or not from step 1
-        of_lines = Diagnosis(config)
+        of_lines = awaiting(config, folder)
         told = _from_lines(lines, notes, of_lines)
         if told.steps and (not metrics.steps or told.steps[-1] >= metrics.steps[-1]):
             metrics, diagnosis = told, of_lines
