@@ -280,7 +280,7 @@ def page_live(folder: Path, browser: Any, path: Path) -> None:
     """The live page of the demo amid its steps."""
     command = [sys.executable, "-m", "troupe", "daemon", str(DEMO_CONFIG), "-o", "runs/sums", "--page"]
     process = subprocess.Popen(
-        [*command, "--set", "learner.max_steps=400"],
+        [*command, "--set", "learner.max_steps=400", "--set", "evaluation.every=20"],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
