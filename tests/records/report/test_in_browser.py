@@ -13,6 +13,7 @@ import pytest
 from tests.records.report.folders import make_run, metrics_of
 from tests.records.report.test_page import HOSTILE, write_hostile, write_hostile_episode
 from tests.support.browsers import a_browser
+from troupe.records.browse import part_in
 from troupe.records.report.page import report_page
 from troupe.records.report.picture import read_run
 
@@ -31,7 +32,7 @@ class Tab:
 
     def __init__(self, browser: Any, folder: Path, **context: Any) -> None:
         path = folder / "report.html"
-        path.write_bytes(report_page(read_run(folder)).encode("utf-8", "replace"))
+        path.write_bytes(report_page(read_run(folder), part_in(folder)).encode("utf-8", "replace"))
         self.errors: list[str] = []
         self.page = browser.new_context(viewport={"width": 1280, "height": 900}, **context).new_page()
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))

@@ -17,6 +17,7 @@ from tests.records.report.pages import Page
 from tests.records.sinks.steps import evaluated, status
 from tests.support.stored import LONG_RESULT, acted, acted_rollout, closed, update
 from troupe.messages import Answer, CheckpointWritten, Incident, PromptText, ToolCall
+from troupe.records.browse import part_in
 from troupe.records.layout import STORE
 from troupe.records.report.page import report_page
 from troupe.records.report.picture import read_run
@@ -36,7 +37,7 @@ HOSTILE = [
 
 
 def page_of(folder: Path) -> Page:
-    return Page(report_page(read_run(folder)))
+    return Page(report_page(read_run(folder), part_in(folder)))
 
 
 def test_the_figures_are_those_of_the_lines(tmp_path: Path) -> None:
@@ -284,13 +285,13 @@ def test_data_ends_no_script(text: str) -> None:
 
 def test_long_texts_are_cut(tmp_path: Path) -> None:
     write_hostile(tmp_path, "word " * 400_000)
-    text = report_page(read_run(tmp_path))
+    text = report_page(read_run(tmp_path), part_in(tmp_path))
     assert len(text) < 3_000_000
     assert "1,980,000 more characters" in text
 
 
 def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
-    text = report_page(read_run(make_run(tmp_path)))
+    text = report_page(read_run(make_run(tmp_path)), part_in(tmp_path))
     page = Page(text)
     assert not {"link", "img", "iframe", "object", "embed", "base", "form"} & {tag for tag, _ in page.tags}
     for _, attributes in page.tags:
@@ -318,7 +319,7 @@ def test_a_run_of_a_hundred_thousand_steps_makes_a_small_page(tmp_path: Path) ->
     with (tmp_path / "metrics.jsonl").open("wb") as file:  # as many points as a longer run has
         for step in range(1, 1001):
             file.write(b'{"step":%d,' % step + parts[step % 100][1:] + b"\n")
-    text = report_page(read_run(tmp_path))
+    text = report_page(read_run(tmp_path), part_in(tmp_path))
     assert len(Page(text).data["axes"][0]["step"]) == 1000
     assert len(text) < 1_500_000
 

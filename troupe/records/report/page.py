@@ -1,7 +1,7 @@
 """The picture of a run → one HTML page; how its parts are put together is in `template.py`."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -93,15 +93,15 @@ class Talk(msgspec.Struct, frozen=True, kw_only=True):
     """Of a completion that acted: what was said, in place of its prompt."""
 
 
-def report_page(run: RunPicture) -> str:
-    """The page as HTML text."""
+def report_page(run: RunPicture, browsed: Mapping[str, Any] | None = None) -> str:
+    """The page as HTML text. `browsed`: completions that can be looked through, as `browse.part_in` has them."""
     sections = sections_of(run)
     bars = bars_of(run)
     charts = [chart for section in sections for chart in section.charts]
     axes = Axes.of(run.metrics)
     of_sets = [axes.at(held_out.versions) for held_out in run.held_out.values()]
     data = chart_data(charts, [axes, *of_sets], marks_of(run))
-    data |= {"bars": bars, "completions": run.stored.browsed}
+    data |= {"bars": bars, "completions": browsed or {}}
     live = run.folder if run.goes_on else ""
     members = run.stored.members if _is_crowd(run.stored.members) else ()
     return rendered(
@@ -120,7 +120,7 @@ def report_page(run: RunPicture) -> str:
         bars=[name for name, rows in bars.items() if rows],
         sets=[(held_out, list(rows_of_set(held_out))) for held_out in run.held_out.values()],
         talks=list(_talks(run)),
-        browses=bool(run.stored.browsed.get("rows")),
+        browses=bool(browsed and browsed["rows"]),
         incidents_shown=INCIDENTS_SHOWN,
         members=members[-_MOST_MEMBERS:],
         members_left_out=max(0, len(members) - _MOST_MEMBERS),

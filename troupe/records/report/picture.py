@@ -12,11 +12,11 @@ import msgspec
 
 from troupe.errors import InputError, OutputError
 from troupe.messages import Finding, Phase, Status
-from troupe.records.browse import part_of
 from troupe.records.compare.held_out import HeldOut, held_out_before, held_out_of
 from troupe.records.curves import Thinned, Thinner
 from troupe.records.diagnosis import Diagnosis, in_a_line
 from troupe.records.diagnosis.past import awaiting
+from troupe.records.evaluations import read_evaluations
 from troupe.records.layout import CHANGES, METRICS, RUN_TOML, STORE
 from troupe.records.report.run_time import RunTime
 from troupe.records.sinks.jsonl import decode_step
@@ -68,8 +68,6 @@ class Stored(msgspec.Struct, frozen=True, kw_only=True):
     """Start → the machine that it ran on."""
     members: tuple[StoredMember, ...] = ()
     """Who did work in a process of its own, start by start."""
-    browsed: dict[str, Any] = {}
-    """Completions that can be looked through, as `browse.part_of` has them."""
     samples: tuple[Samples, ...] = ()
     """Of the first and of the newest step that have completions."""
     held_out: dict[str, HeldOut] = {}
@@ -118,8 +116,7 @@ class RunPicture(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def diagnosis(self) -> str:
         """The findings that hold, in a line; empty where there is none."""
-        holding = [finding for finding in self.findings if finding.until is None]
-        return in_a_line(holding, self.folder if self.goes_on else "")
+        return in_a_line(self.findings, self.folder if self.goes_on else "")
 
     @property
     def goes_on(self) -> bool:
@@ -166,7 +163,9 @@ def read_run(folder: Path, status: Status | None = None, notes: Sequence[str] = 
         incidents=overview.incidents if overview else summary.incidents,
         stored=stored,
         changes=tuple(_changes(folder / CHANGES)),
-        held_out=stored.held_out or (held_out_before(summary) if summary.steps >= step else {}),
+        held_out=stored.held_out
+        or held_out_of(read_evaluations(folder))
+        or (held_out_before(summary) if summary.steps >= step else {}),
         notes=tuple(notes),
         findings=diagnosis.all_findings,
     )
@@ -208,13 +207,13 @@ def _stored(folder: Path, notes: list[str], diagnosis: Diagnosis) -> tuple[Store
     else:
         try:
             with open_store(folder) as run:
-                return _read_store(run, folder, notes, diagnosis)
+                return _read_store(run, notes, diagnosis)
         except OutputError as error:
             notes.append(str(error))
     return Stored(), Thinned(), 0.0
 
 
-def _read_store(run: StoredRun, folder: Path, notes: list[str], diagnosis: Diagnosis) -> tuple[Stored, Thinned, float]:
+def _read_store(run: StoredRun, notes: list[str], diagnosis: Diagnosis) -> tuple[Stored, Thinned, float]:
     overview = run.overview()
     thinner = Thinner(overview.steps)
     time = RunTime({start.start: start.unix_s for start in overview.starts})
@@ -234,7 +233,6 @@ def _read_store(run: StoredRun, folder: Path, notes: list[str], diagnosis: Diagn
         members=tuple(run.members()),
         samples=tuple(_samples(run)),
         held_out=_held_out(run),
-        browsed=part_of(run, folder),
     )
     return stored, thinner.result(), time.seconds
 
