@@ -130,6 +130,7 @@ def test_a_stop_amid_an_evaluation_loses_none_of_it(tmp_path: Path, ragged_model
     assert same_bits(policy_of(tmp_path / "run"), policy_of(whole.folder))
 
 
+@pytest.mark.anyio
 async def test_weights_are_let_go_of_when_they_are_evaluated(tmp_path: Path, ragged_model: Path) -> None:
     settings = evaluated(tmp_path, every=0, learner__max_steps=4)
     async with Supervisor(tiny_config(ragged_model, tmp_path, **settings), [weigh_ids]) as run:
