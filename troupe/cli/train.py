@@ -131,6 +131,8 @@ def tell_result(result: RunResult) -> None:
     """Print what became of a run."""
     groups = ", ".join(f"{count} {state}" for state, count in sorted(result.closed_groups.items())) or "none"
     tell(f"{result.steps} of {result.total_steps} steps in {result.wall_s:.1f} s; groups: {groups}")
+    if result.stopped_early:
+        tell(result.stopped_early)
     if result.incidents:
         tell("incidents: " + ", ".join(f"{count} {kind}" for kind, count in sorted(result.incidents.items())))
     if told := in_a_line(result.findings):
