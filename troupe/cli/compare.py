@@ -100,7 +100,7 @@ def _held_out(one: HeldOutTable, width: int) -> Iterator[str]:
         Column("run"),
         Column("version", right=True, goes=2),
         *(Column(figure, right=True, goes=0 if at == 0 else 2 + at) for at, figure in enumerate(one.figures)),
-        Column(f"against {one.base}", goes=1, most=100),
+        Column(f"against {one.base}", goes=1, most=130),
     ]
     yield from table(columns, [[run, version, *figures, told] for run, version, figures, told in one.rows], width)
 

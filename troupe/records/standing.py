@@ -9,7 +9,7 @@ from typing import Any, Literal
 import msgspec
 
 from troupe.errors import InputError
-from troupe.records.layout import LOG, METRICS, RUN_TOML, SUMMARY
+from troupe.records.layout import LOG, METRICS, RUN_TOML, STORE, SUMMARY
 from troupe.runtime.guardian import SILENT
 from troupe.runtime.lock import read_owner
 
@@ -85,7 +85,7 @@ def _read_standing(folder: Path) -> Standing:
         fate = "playing" if silence is None else "silent"
     elif summary is not None and of is not None and summary.steps >= step:  # one that is older is of an earlier start
         fate, step = ("complete" if summary.steps >= of or summary.stopped_early else "ended"), summary.steps
-    elif owner is None and name is None and not (folder / METRICS).exists():
+    elif owner is None and name is None and not any((folder / file).exists() for file in (METRICS, STORE)):
         fate = "not begun"
     else:
         fate = "cut off"

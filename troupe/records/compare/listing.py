@@ -52,6 +52,8 @@ class ListedRun(msgspec.Struct, frozen=True, kw_only=True):
     seed: int | None = None
     reward: Ends = (None, None)
     """Of the first and of the newest step."""
+    trend: tuple[float, ...] = ()
+    """Rewards of some steps, from the first to the newest."""
     held_out: Ends = (None, None)
     """On rows that are not trained on, by the first and by the newest evaluation: the first set's `held_out_metric`."""
     held_out_metric: str | None = None
@@ -126,6 +128,7 @@ def list_run(folder: Path, name: str) -> ListedRun:
         data=source_name(data) if isinstance(data, str) else None,
         seed=seed if isinstance(seed, int) else None,
         reward=(ends.first.get("reward"), ends.newest.get("reward")),
+        trend=ends.rewards,
         held_out=held_out,
         held_out_metric=metric,
         findings=tuple(

@@ -182,10 +182,9 @@ def _against(base: HeldOut, other: HeldOut) -> str:
 
 def pair_told(pair: Comparison) -> str:
     """What a paired test says, on one line."""
-    said = "more than noise" if pair.is_more_than_noise else "may be noise"
     between = "" if pair.low is None or pair.high is None else f" ({pair.low:+.3f} to {pair.high:+.3f})"
-    rows = f"{len(pair.better):,} row{'' if len(pair.better) == 1 else 's'} better, {len(pair.worse):,} worse"
-    return f"{pair.difference:+.3f}{between}, p {pair.p:.2g}, {said}: {rows}, {pair.ties:,} alike".replace("-", "−")
+    difference = f"{pair.difference:+.3f}{between}".replace("-", "−")
+    return f"{difference}: {pair.verdict}; {pair.counts}"
 
 
 def _ends(figure: str, points: Sequence[Point]) -> str:

@@ -116,8 +116,7 @@ class RunPicture(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def diagnosis(self) -> str:
         """The findings that hold, in a line; empty where there is none."""
-        holding = [finding for finding in self.findings if finding.until is None]
-        return in_a_line(holding, self.folder if self.goes_on else "")
+        return in_a_line(self.findings, self.folder if self.goes_on else "")
 
     @property
     def goes_on(self) -> bool:
