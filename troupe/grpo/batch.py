@@ -49,10 +49,14 @@ class Batch:
     experts: tuple[tuple[bytes, bytes], ...] | None = None
     """(B,) the experts that the generator sent the tokens of each prompt and completion to, where they were recorded;
     see `troupe.policy.network.routes`."""
+    observed: mx.array | None = None
+    """(B, T) float32: 1 where a token stands that was observed, not sampled; None: there is none."""
     samples: tuple[int, ...] | None = None
     """(B,) which completion each row is a part of; None: each is one by itself."""
     shares: mx.array | None = None
     """(B,) float32, which part of its completion's unmasked tokens each row has, see `with_shares`; None: all."""
+    echo: mx.array | None = None
+    """(B, T) float32: what −log π of each observed token counts, see `troupe.grpo.echo`; None: nothing."""
     pass_number: int = 0
     """Which of the `num_iterations` passes over the batch this is, from 0; each draws dropout anew."""
 
@@ -120,6 +124,8 @@ class Batch:
             truncated=tuple(self.truncated[i] for i in rows),
             keys=None if self.keys is None else tuple(self.keys[i] for i in rows),
             experts=None if self.experts is None else tuple(self.experts[i] for i in rows),
+            observed=None if self.observed is None else self.observed[chosen, :T],
+            echo=None if self.echo is None else self.echo[chosen, :T],
             samples=None if self.samples is None else tuple(self.samples[i] for i in rows),
             shares=None if self.shares is None else self.shares[chosen],
         )
@@ -191,7 +197,10 @@ def make_batch(
         samples=None if samples is None else tuple(samples),
     )
     if sampled is not None:
-        batch = replace(batch, completion_mask=batch.completion_mask * _as_rows(sampled, T))
+        mask = batch.completion_mask
+        own = mask * _as_rows(sampled, T)
+        batch = replace(batch, completion_mask=own, observed=mask - own)
+        mx.eval(batch.observed)
     mx.eval(batch.completion_mask, batch.advantages)
     return batch
 

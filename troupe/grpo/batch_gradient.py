@@ -13,6 +13,7 @@ from troupe.grpo.batch import Batch, micro_batches
 from troupe.grpo.choices import Places, chosen_tokens, draws, known_log_probs
 from troupe.grpo.comparisons import entropy_threshold, high_entropy_mask, sampler_correction
 from troupe.grpo.config import LearnerConfig
+from troupe.grpo.echo import echo_loss, observation_weights
 from troupe.grpo.lanes import Lanes, in_lanes
 from troupe.grpo.log_probs import PolicyLogProbs
 from troupe.grpo.loss import batch_normalizer, has_entropy_bonus, loss_and_tallies, routing_tallies, sampler_tallies
@@ -72,7 +73,8 @@ class BatchGradient:
             batch = replace(batch, keys=tuple((row, row) for row in range(batch.num_rows)))
         self._micros: list[_MicroBatch] = []
         number = in_lanes(config.gradient_accumulation_steps or 1, config.lanes)
-        parts = micro_batches(batch.with_shares(), number, max_completion_length)
+        whole = replace(batch.with_shares(), echo=observation_weights(batch) if config.echo_alpha else None)
+        parts = micro_batches(whole, number, max_completion_length)
         self._lanes = Lanes(parts, config.lanes, OneRank() if ranks is None else ranks)
         self._on_part = on_part if ranks is not None and ranks.size > 1 else lambda name: None
         keeps_old = config.num_iterations > 1 or log_probs.has_dropout
@@ -209,6 +211,9 @@ class BatchGradient:
             normalizer=self._normalizer,
             shares=batch.shares,
         )
+        if batch.echo is not None:
+            foreseeing, echo = echo_loss(log_probs, batch.echo, config.echo_alpha)
+            loss, tallies = loss + foreseeing, tallies | echo
         if routes is None:
             return loss, tallies | sampling
         balance, routing = routing_tallies(routes, batch.num_rows / self._rows)

@@ -181,6 +181,9 @@ class LearnerConfig(LossConfig, frozen=True, kw_only=True, forbid_unknown_fields
     deterministic: bool = True
     """Gradients have the same bits each time on every device. false: on NVIDIA cards attention's gradient is cuDNN's,
     which is faster and adds in another order each time; elsewhere nothing changes."""
+    echo_alpha: NonNegative = 0.0
+    """Where the policy acts: weight of the cross-entropy of what it observes (ECHO, arXiv:2605.24517: 0.05; 0.01 to 0.1
+    are usual), from which it learns of its world also where every episode fails; see `troupe.grpo.echo`."""
     router_aux_loss_coef: NonNegative = 0.0
     """Weight of the load-balancing loss of a network with experts, of each micro-batch: what keeps its routers from
     sending most tokens to a few experts. Zero computes none."""

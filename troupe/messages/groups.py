@@ -81,8 +81,8 @@ class Rollout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     for the last token of a row behind which another row begins, since nobody has read it."""
     observed: tuple[tuple[int, int], ...] = ()
     """Of an episode, the ranges [start, stop) of `token_ids` that an environment or a tool put in: the policy read them
-    and did not sample them, so they are no part of any loss, ratio or length. Their log-probs are 0 and mean nothing,
-    their versions are those that read them."""
+    and did not sample them, so they are no part of any ratio or length, nor of a loss but that of
+    `learner.echo_alpha`. Their log-probs are 0 and mean nothing, their versions are those that read them."""
     rows: tuple[RowStart, ...] = ()
     """Of an episode, where new rows begin; empty: all tokens follow the group's prompt."""
 

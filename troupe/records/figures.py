@@ -197,7 +197,7 @@ _IN_FILES_ONLY = (
     "num_tokens", "epoch", "learn_tokens_per_second",
 )  # fmt: skip
 _OF_SOME_LOSSES = (
-    "policy_loss", "aux_loss", "router/flips", "entropy_coef", "controlled_entropy", "clip_ratio/low_min",
+    "policy_loss", "aux_loss", "router/flips", "echo/loss", "entropy_coef", "controlled_entropy", "clip_ratio/low_min",
     "clip_ratio/high_max",
     "vespo/phi_seq_mean",
 )  # fmt: skip

@@ -101,8 +101,14 @@ def load_acting(config: EnvironmentConfig, given: Acting, elsewhere: Elsewhere |
     return ActingWorld(config, load_world(config, given.tools, given.environment_factory), elsewhere)
 
 
-def check_turn_advantages(learner: LearnerConfig, acting: ActingWorld | None) -> None:
-    """ConfigError where turns are to be compared that no environment names the states of."""
+def check_learner(learner: LearnerConfig, acting: ActingWorld | None) -> None:
+    """ConfigError where turns are to be compared that no environment names the states of, or nothing is observed that
+    could be foreseen."""
+    if learner.echo_alpha and acting is None:
+        raise ConfigError(
+            f"learner.echo_alpha is {learner.echo_alpha:g}, but the policy observes nothing: there is neither an "
+            "environment nor a tool; name one, or leave it out"
+        )
     if learner.turn_advantages == "off":
         return
     specs = [] if acting is None else list(acting.world.environments.values())

@@ -26,7 +26,7 @@ from troupe.run.acting import (
     Acting,
     ActingSetup,
     ActingWorld,
-    check_turn_advantages,
+    check_learner,
     default_rewards,
     load_acting,
     make_rewards,
@@ -192,7 +192,7 @@ def _about(config: RunConfig, policy: Policy, opened: str) -> list[str]:
 
 def _load_world(config: RunConfig, given: Acting, calls: Calls | None) -> ActingWorld | None:
     world = load_acting(config.environment, given, calls)
-    check_turn_advantages(config.learner, world)
+    check_learner(config.learner, world)
     return world
 
 

@@ -14,7 +14,7 @@ import pytest
 import troupe
 from tests.support.fakes import same_bits, tiny_config
 from tests.support.games import acting, calls, write_player
-from tests.support.runs import STORED, completions, policy_of
+from tests.support.runs import STORED, column, completions, lines, policy_of
 from troupe.records.store.read import open_store
 from troupe.run.evaluate import evaluate_folder
 from troupe.run.result import RunResult
@@ -56,6 +56,13 @@ def test_a_run_plays(plain: RunResult) -> None:
         for before, after in pairwise(turns):
             assert (before.stop, after.start) in each.episode.observed
     assert set(calls(Path(plain.folder).parent).values()) == {1}
+
+
+def test_it_learns_to_foresee_what_it_observes(player: Path, plain: RunResult, tmp_path: Path) -> None:
+    run = play(player, tmp_path, learner__echo_alpha=1.0, learner__lr=5e-3, learner__lanes=2)
+    nats = column(run.folder, "echo/loss")
+    assert nats[-1] < nats[0] - 0.1
+    assert "echo/loss" not in lines(plain.folder)[0]
 
 
 @pytest.mark.parametrize(

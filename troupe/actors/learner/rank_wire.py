@@ -75,6 +75,8 @@ class PackedBatch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     keys: tuple[tuple[int, int], ...] | None
     experts: tuple[tuple[bytes, bytes], ...] | None
     samples: tuple[int, ...] | None
+    observed: bytes | None = None
+    """(B, T) float32."""
 
 
 class Learn(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
@@ -156,6 +158,7 @@ def pack_batch(batch: Batch) -> PackedBatch:
         keys=batch.keys,
         experts=batch.experts,
         samples=batch.samples,
+        observed=None if batch.observed is None else _bytes(batch.observed),
     )
 
 
@@ -173,8 +176,9 @@ def unpack_batch(packed: PackedBatch) -> Batch:
         keys=packed.keys,
         experts=packed.experts,
         samples=packed.samples,
+        observed=None if packed.observed is None else _array(packed.observed, (B, T)),
     )
-    mx.eval(batch.completion_mask, batch.advantages, batch.sampling_log_probs)
+    mx.eval(batch.observed, batch.completion_mask, batch.advantages, batch.sampling_log_probs)
     return batch
 
 
