@@ -46,7 +46,8 @@ class Pools:
         """How many rows belong to each pool, those away included."""
         self.away: set[int] = set()
         """Rows that were drawn and have not come back."""
-        self._unseen = list(range(len(order)))
+        self._unseen = [-place for place in reversed(range(len(order)))]
+        """Places in the first epoch's order, negative: the next one stands last, where it is taken quickly."""
         self._pools: dict[Pool, list[_Entry]] = {pool: [] for pool in POOLS}
 
     def restore(self, records: Iterable[RowRecord], away: Iterable[int], turns: dict[Pool, int]) -> None:
@@ -55,7 +56,7 @@ class Pools:
         self.away = set(away)
         self.turns |= turns
         gone = {self._place[row] for row in (*self.records, *self.away)}
-        self._unseen = [place for place in range(len(self._order)) if place not in gone]
+        self._unseen = [-place for place in reversed(range(len(self._order))) if place not in gone]
         for pool in POOLS:
             here = [r for r in self.records.values() if r.pool == pool and r.row not in self.away]
             self._pools[pool] = sorted(map(self._entry, here))
@@ -135,13 +136,13 @@ class Pools:
     def _at(self, pool: Pool, index: int) -> int:
         """A row of a pool, by its place in it."""
         if pool == "normal" and index < len(self._unseen):
-            return self._order[self._unseen[index]]
+            return self._order[-self._unseen[index]]
         return self._pools[pool][index - (len(self._unseen) if pool == "normal" else 0)][2]
 
     def _next(self, pool: Pool) -> int:
         """The next row of a walk, which leaves its pool."""
         if pool == "normal" and self._unseen:
-            return self._order[self._unseen.pop(0)]
+            return self._order[-self._unseen.pop()]
         turn, _, row = self._pools[pool].pop(0)
         self.turns[pool] = turn
         return row
@@ -173,7 +174,7 @@ class Pools:
             return
         record = self.records.get(row)
         if record is None:
-            self._unseen.pop(bisect_left(self._unseen, self._place[row]))
+            self._unseen.pop(bisect_left(self._unseen, -self._place[row]))
             return
         entries = self._pools[record.pool]
         entries.pop(bisect_left(entries, self._entry(record)))
