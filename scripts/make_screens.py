@@ -184,13 +184,15 @@ def training(folder: Path, *flags: str) -> Iterator[Terminal]:
 
 
 def held_out(folder: Path) -> str:
-    """The first seconds of a run: held-out rows are answered before anything is learned."""
+    """The first seconds of a run: held-out rows are answered beside the first steps."""
     dice = random.Random(0)
     pairs = [(dice.randrange(100), dice.randrange(100)) for _ in range(8000)]
     rows = [{"prompt": f"{one}+{other}=", "answer": str(one + other)} for one, other in pairs]
     (folder / "held-out.json").write_text(json.dumps(rows), encoding="utf-8")
     with training(folder, "--set", "data.eval_path=held-out.json") as terminal:
-        return terminal.wait_for(lambda text: "held-out rows " in text and "held-out rows 0 " not in text)
+        return terminal.wait_for(
+            lambda text: "evaluating held_out" in text and re.search(r"rows [1-9]", text) is not None
+        )
 
 
 def first_generation(folder: Path) -> str:
@@ -278,7 +280,7 @@ def page_live(folder: Path, browser: Any, path: Path) -> None:
     """The live page of the demo amid its steps."""
     command = [sys.executable, "-m", "troupe", "daemon", str(DEMO_CONFIG), "-o", "runs/sums", "--page"]
     process = subprocess.Popen(
-        [*command, "--set", "learner.max_steps=400"],
+        [*command, "--set", "learner.max_steps=400", "--set", "evaluation.every=20"],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,

@@ -100,7 +100,7 @@ def test_of_many_completions_a_page_has_a_part_and_says_so(tmp_path: Path) -> No
         part = part_of(run, tmp_path)
     rows = part["rows"]
     assert len(rows) == 400
-    assert part["says"].startswith("this page has 400 of 4,000 completions: the best, the worst and others of steps")
+    assert part["says"].startswith("this page has 400 of 4,000 completions: the best, the worst and others of ")
     steps = {one.step for one in rows}
     assert {1, told[-1]["step"]} <= steps
     assert len(steps) >= 40

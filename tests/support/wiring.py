@@ -24,6 +24,8 @@ from tests.support.acting import ScriptedSession
 from tests.support.fakes import DirectSinkThread
 from troupe import RunConfig
 from troupe.actors.checkpointer import CheckpointWriter
+from troupe.actors.evaluator.decoding import EvalSet
+from troupe.actors.evaluator.settings import EvaluationSet
 from troupe.actors.learner.gathering import StepGroups, gid_of
 from troupe.actors.learner.train import BatchTrainer, LearnerState
 from troupe.actors.schedule import PromptSchedule
@@ -339,6 +341,7 @@ def prepared_run(config: RunConfig, rewards: RewardManager, rows: int, acting_se
                 shuffle=True,
                 curriculum=curriculum_for(config, dataset, rewards),
             ),
+            sets=_sets(config, rewards) if config.evaluation.every else (),
             rewards=rewards,
             longest_prompt=2,
             acting_setup=acting_setup,
@@ -357,6 +360,15 @@ def prepared_run(config: RunConfig, rewards: RewardManager, rows: int, acting_se
         ),
         notices=(),
     )
+
+
+def _sets(config: RunConfig, rewards: RewardManager) -> tuple[EvalSet, ...]:
+    """A set whose rows are decoded in several pieces; its samples are as many as the engine gives."""
+    samples = config.generation.num_generations
+    settings = EvaluationSet(name="held", path="held.json", num_samples=samples, temperature=1.0)
+    rows = PromptDataset.from_rows([{"prompt": f"held {i}", "answer": str(i)} for i in range(70)])
+    ids = [(63, 1 + i // 50, i % 50) for i in range(len(rows))]
+    return (EvalSet(settings=settings, dataset=rows, prompt_ids=ids, rewards=rewards),)
 
 
 class WatchedChannel(Channel[Any]):

@@ -17,7 +17,6 @@ from troupe.records.compare.words import (
     HeldOutTable,
     about_figures,
     figures_told,
-    findings_told,
     held_out_tables,
     run_figures,
     setting_rows,
@@ -57,7 +56,7 @@ def show(found: RunComparison, width: int) -> Iterator[str]:
         yield from ["", "No setting differs."]
     for one in held_out_tables(found):
         yield from ["", f"Held-out rows: {one.name}", *_held_out(one, width)]
-    findings = [f"{run.name}: {told}" for run in found.runs if (told := findings_told(run))]
+    findings = [f"{run.name}: {told}" for run in found.runs if (told := run.picture.diagnosis)]
     yield from ["", *findings] if findings else []
     notes = [f"{run.name}: {note}" for run in found.runs for note in run.picture.notes]
     yield from ["", *notes] if notes else []
@@ -101,7 +100,7 @@ def _held_out(one: HeldOutTable, width: int) -> Iterator[str]:
         Column("run"),
         Column("version", right=True, goes=2),
         *(Column(figure, right=True, goes=0 if at == 0 else 2 + at) for at, figure in enumerate(one.figures)),
-        Column(f"against {one.base}", goes=1, most=100),
+        Column(f"against {one.base}", goes=1, most=130),
     ]
     yield from table(columns, [[run, version, *figures, told] for run, version, figures, told in one.rows], width)
 

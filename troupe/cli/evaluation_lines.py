@@ -5,12 +5,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from troupe.cli.tables import Column, table
+from troupe.records.compare.held_out import in_words
 from troupe.records.text import prompt_text
 from troupe.rewards.estimates import Comparison, compared, scores_by_row
 from troupe.run.evaluate import Evaluation
 
 _SHARES = ("accuracy", "pass@", "maj@", "clipped", "missing")
-_WORDS = {"length": "tokens a completion", "clipped": "cut at the limit", "missing": "without a score"}
+_OF_TEXTS = ("length", "clipped", "missing")
 _ERROR = "_se"
 _MOST_OF_A_PROMPT = 60
 
@@ -27,7 +28,7 @@ def lines_of_one(one: Evaluated, figures: Sequence[str]) -> Iterator[str]:
     """A figure a line."""
     for figure in figures:
         if figure in one.found.figures:
-            yield f"{_WORDS.get(figure, figure)} {_told(one.found, figure)}"
+            yield f"{in_words(figure)} {_told(one.found, figure)}"
         elif figure in one.found.rewards:
             yield f"{figure} nan"
 
@@ -36,7 +37,7 @@ def lines_of_many(models: Sequence[Evaluated], figures: Sequence[str], width: in
     """A model a line, and then of each but the first how it differs from that."""
     titles = [figure for figure in figures if any(figure in one.found.figures for one in models)]
     columns = [Column("model", most=60)]
-    columns += [Column(_WORDS.get(title, title), right=True, goes=place) for place, title in enumerate(titles)]
+    columns += [Column(in_words(title), right=True, goes=place) for place, title in enumerate(titles)]
     cells = [[one.name, *(_told(one.found, title) for title in titles)] for one in models]
     yield from table(
         [*columns, Column("seconds", right=True, goes=99)],
@@ -57,8 +58,8 @@ def figures_shown(one: Evaluation, asked: bool) -> list[str]:
         names = [name for name in names if (several or not name.startswith("avg@")) and (asked or "pass@" not in name)]
     if not one.figures.get("missing"):
         names = [name for name in names if name != "missing"]
-    told = [name for name in names if name not in _WORDS]
-    return [*told, *one.rewards, *(name for name in names if name in _WORDS)]
+    told = [name for name in names if name not in _OF_TEXTS]
+    return [*told, *one.rewards, *(name for name in names if name in _OF_TEXTS)]
 
 
 def comparison_lines(first: Evaluated, other: Evaluated) -> Iterator[str]:
@@ -68,13 +69,9 @@ def comparison_lines(first: Evaluated, other: Evaluated) -> Iterator[str]:
         yield f"{other.name}: no row has a score of both it and {first.name}"
         return
     interval = "" if found.low is None else f" (95 % between {found.low:+.4f} and {found.high:+.4f})"
-    test = "exact sign test" if found.test == "sign" else "paired t-test"
     yield f"{other.name} against {first.name}: mean score {found.difference:+.4f}{interval}"
-    yield f"  rows: {len(found.better)} better, {len(found.worse)} worse, {found.ties} equal" + (
-        f", {found.left_out} left out: without a score" if found.left_out else ""
-    )
-    verdict = "more than noise" if found.is_more_than_noise else "this may be noise"
-    yield f"  {verdict}: p = {found.p:.2g}, {test} over {found.rows} rows"
+    yield f"  {found.counts}"
+    yield f"  {found.verdict}"
 
 
 def rows_that_differ(first: Evaluated, other: Evaluated) -> Iterator[str]:

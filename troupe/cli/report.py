@@ -9,6 +9,7 @@ from troupe.cli.commands import report_errors
 from troupe.daemon.control.protocol import NobodyThereError, Reply, Request, ask
 from troupe.errors import InputError, OutputError, TroupeError
 from troupe.messages import GetStatus, Status
+from troupe.records.browse import part_in
 from troupe.records.compare.listing import runs_meant
 from troupe.records.compare.page import compare_page
 from troupe.records.compare.runs import read_runs
@@ -56,7 +57,7 @@ def report(folders: tuple[Path, ...], *, out: Path | None, png: bool) -> None:
         require_matplotlib()
     status, notes = ask_status(runs[0])
     run = read_run(runs[0], status, notes)
-    write_page(page, report_page(run))
+    write_page(page, report_page(run, part_in(runs[0])))
     tell(f"{page}")
     if png:
         from troupe.records.report.images import write_pictures

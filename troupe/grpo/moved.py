@@ -20,7 +20,7 @@ class Moved:
     def __init__(self, weights: Mapping[str, mx.array]) -> None:
         """Copies them: no array of `weights` is held."""
         names = sorted(name for name, weight in weights.items() if weight.dtype in _16_BIT)
-        stride = -(-sum(weights[name].size for name in names) // LOOKED_AT)
+        stride = -(-sum(weights[name].size for name in names) // LOOKED_AT) | 1  # odd: not the same columns in each row
         self._places = {name: mx.arange(0, weights[name].size, stride) for name in names}
         self._before = self._numbers(weights)
         mx.eval(self._before)

@@ -15,7 +15,7 @@ from troupe.errors import InputError
 from troupe.records.conversations import Said, conversation_of, observed_within, shortened
 from troupe.records.layout import RUN_TOML
 from troupe.records.store.completions import Key, Query, StoredCompletion
-from troupe.records.store.read import StoredRun
+from troupe.records.store.read import StoredRun, open_store
 from troupe.records.text import plain_text, prompt_text
 from troupe.runtime.files import read_toml
 
@@ -147,6 +147,15 @@ def about(run: StoredRun) -> dict[str, Any]:
     return {"rewards": [name[:_NAME] for name in run.reward_names()]}
 
 
+def part_in(folder: Path) -> dict[str, Any]:
+    """`part_of` the run in a folder; nothing where it has no store that can be read."""
+    try:
+        with open_store(folder) as run:
+            return part_of(run, folder)
+    except InputError:
+        return {}
+
+
 def part_of(run: StoredRun, folder: Path) -> dict[str, Any]:
     """A part of a run's completions for a page that has no server: whole ones under `rows`, their prompts, and what was
     chosen in words under `says`."""
@@ -174,14 +183,14 @@ def part_of(run: StoredRun, folder: Path) -> dict[str, Any]:
         "rows": rows,
         "prompts": list(prompts),
         "folder": str(folder),
-        "says": "" if len(rows) == total else _says(len(rows), total, folder),
+        "says": "" if len(rows) == total else _says(rows, total, folder),
     }
 
 
-def _says(shown: int, total: int, folder: Path) -> str:
+def _says(rows: Sequence[Opened], total: int, folder: Path) -> str:
     return (
-        f"this page has {shown:,} of {total:,} completions: the best, the worst and others of steps from first to last,"
-        f" and prompts through the steps; troupe inspect {folder.name} has all"
+        f"this page has {len(rows):,} of {total:,} completions: the best, the worst and others of "
+        f"{len({one.step for one in rows}):,} steps, and prompts that came again; troupe inspect {folder.name} has all"
     )
 
 

@@ -15,12 +15,12 @@ _SHARES = ("accuracy", "pass@", "maj@")
 """Those that are parts of 1."""
 
 
-class SetStanding(msgspec.Struct, kw_only=True):
+class SetStanding(msgspec.Struct, frozen=True, kw_only=True):
     """One set so far."""
 
     figure: str
     """What stands after `eval/NAME/`."""
-    values: dict[int, float] = {}
+    values: Mapping[int, float] = {}
     """Version → its value, in the order in which they were told."""
     error: float | None = None
     """Standard error of the newest."""
@@ -34,7 +34,8 @@ class SetStanding(msgspec.Struct, kw_only=True):
         def told(value: float) -> str:
             return f"{value:.1%}" if self.is_share else f"{value:.3f}"
 
-        first, newest = next(iter(self.values)), next(reversed(self.values))
+        versions = list(self.values)
+        first, newest = versions[0], versions[-1]
         error = "" if self.error is None else f" ± {told(self.error)}"
         line = f"{told(self.values[newest])}{error} at step {newest:,}"
         if first == newest:
@@ -44,29 +45,27 @@ class SetStanding(msgspec.Struct, kw_only=True):
 
 
 class HeldOut:
-    """Takes the figures of evaluations, in the order of versions."""
+    """Takes the figures of evaluations, in the order of versions. May be read while it takes some."""
 
     def __init__(self) -> None:
-        self.sets: dict[str, SetStanding] = {}
+        self.sets: Mapping[str, SetStanding] = {}
 
     def add(self, version: int, name: str, metrics: Mapping[str, float]) -> None:
         """The figures `eval/NAME/…` of one set with one version."""
         figures = {key.removeprefix(f"{_PREFIX}{name}/"): value for key, value in metrics.items()}
-        standing = self.sets.get(name)
-        if standing is None:
-            if (figure := most_telling(figures)) is None:
-                return
-            standing = self.sets[name] = SetStanding(figure=figure)
-        if standing.figure in figures:
-            standing.values[version] = figures[standing.figure]
-            standing.error = figures.get(standing.figure + _ERROR)
+        before = self.sets.get(name)
+        figure = most_telling(figures) if before is None else before.figure
+        if figure is None or figure not in figures:
+            return
+        values = {**({} if before is None else before.values), version: figures[figure]}
+        standing = SetStanding(figure=figure, values=values, error=figures.get(figure + _ERROR))
+        self.sets = {**self.sets, name: standing}
 
     def lines(self, encoding: str = "utf-8") -> list[tuple[str, str]]:
         """(name, in words) of each set; of one that is alone with the rows of `data.eval_path` without its name."""
-        names = [""] if list(self.sets) == [HELD_OUT] else [one_line(name, encoding) for name in self.sets]
-        return [
-            (name, arrows(str(standing), encoding)) for name, standing in zip(names, self.sets.values(), strict=True)
-        ]
+        sets = self.sets
+        names = [""] if list(sets) == [HELD_OUT] else [one_line(name, encoding) for name in sets]
+        return [(name, arrows(str(standing), encoding)) for name, standing in zip(names, sets.values(), strict=True)]
 
 
 def most_telling(figures: Mapping[str, float]) -> str | None:

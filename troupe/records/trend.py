@@ -17,7 +17,7 @@ _VALUE = "value"
 
 
 class Trend:
-    """Takes a figure step by step, for ever; of many steps it keeps means."""
+    """Takes a figure step by step, for ever; of many steps it keeps means. May be read while it takes one."""
 
     def __init__(self) -> None:
         self.first: float | None = None
@@ -25,22 +25,19 @@ class Trend:
         """Of the newest step that has a finite one."""
         self.steps: tuple[int, int] = (0, 0)
         """The first and the newest step that have one."""
+        self.values: tuple[float, ...] = ()
+        """The curve, a mean for each point."""
         self._curves = Curves(_MOST_POINTS)
 
     def add(self, step: int, value: float) -> None:
         """The value of one more step; what is no finite number is left out."""
         if not math.isfinite(value):
             return
-        if self.first is None:
-            self.first, self.steps = value, (step, step)
-        self.newest, self.steps = value, (self.steps[0], step)
         self._curves.add(step, {_VALUE: value})
-
-    @property
-    def values(self) -> tuple[float, ...]:
-        """The curve, a mean for each point."""
-        found = self._curves.curves().get(_VALUE)
-        return () if found is None else tuple(value for value in found.mean if value is not None)
+        self.values = tuple(mean for mean in self._curves.curves()[_VALUE].mean if mean is not None)
+        self.steps = (step if self.first is None else self.steps[0], step)
+        self.first = value if self.first is None else self.first
+        self.newest = value
 
 
 def stored_rewards(folder: Path, up_to: int | None = None) -> tuple[tuple[int, float], ...]:

@@ -64,6 +64,19 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
         """Whether chance alone makes such a difference less than once in twenty times."""
         return self.p < 1 - _CONFIDENCE
 
+    @property
+    def counts(self) -> str:
+        """The rows in words."""
+        left_out = f", {self.left_out} left out (no score)" if self.left_out else ""
+        return f"{len(self.better)} rows better, {len(self.worse)} worse, {self.ties} equal{left_out}"
+
+    @property
+    def verdict(self) -> str:
+        """Whether the difference is more than noise, in words."""
+        test = "exact sign test" if self.test == "sign" else "paired t-test"
+        word = "more than noise" if self.is_more_than_noise else "this may be noise"
+        return f"{word}: p = {self.p:.2g}, {test} over {self.rows} rows"
+
 
 def over_rows(values: Sequence[float]) -> Estimate | None:
     """The mean of one value a row; None of none."""

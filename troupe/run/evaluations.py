@@ -53,6 +53,7 @@ def make_evaluator(
         sets=sets,
         ledger=ledgers.evaluations,
         written=ledgers.sinks.written,
+        record=partial(ledgers.devices["checkpointer"].run, ledgers.evaluations.write, plain=True),
         report=report,
     )
 

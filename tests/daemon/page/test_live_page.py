@@ -261,5 +261,7 @@ def test_a_judge_that_does_not_listen_is_told_of_in_a_browser(tmp_path: Path, br
         assert tab.page.locator("#incidents .incident").count() < 20
         with socket.create_server(("127.0.0.1", free_tcp_port), backlog=1024):
             tab.see(lambda: tab.text("#notes").startswith("Nothing holds the run up now. Look at the "))
+            tab.see(lambda: tab.text("#notes").startswith("Diagnosis: no signal: in 100% of the groups "))
+        assert tab.page.locator("#notes .note.warn").count() >= 1
         assert "Nothing needs your attention" not in tab.text("#notes")
         assert tab.errors == []

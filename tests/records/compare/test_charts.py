@@ -73,3 +73,15 @@ def test_held_out_figures_have_their_errors(tmp_path: Path) -> None:
 def test_runs_without_anything(tmp_path: Path) -> None:
     _, laid = compared(make_run(tmp_path / "a", []), make_run(tmp_path / "b", []))
     assert laid.sections == ()
+
+
+def test_figures_that_say_the_same_are_one_chart(tmp_path: Path) -> None:
+    """With one sample a row, avg@1 and pass@1 are alike where it passes or fails."""
+    one = make_run(tmp_path / "a", [0.1], evaluations=[evaluated(0, {"1+1=": (1.0,), "2+2=": (0.0,)})])
+    other = make_run(
+        tmp_path / "b", [0.1], evaluations=[evaluated(0, {"1+1=": (0.0,)}), evaluated(1, {"1+1=": (1.0,)})]
+    )
+    _, laid = compared(one, other)
+    [section] = [section for section in laid.sections if section.title == "Held-out rows"]
+    assert [found.key for found in section.charts] == ["eval/sums/avg@1", "eval/sums/length"]
+    assert "The same as pass@1" in section.charts[0].spec.about

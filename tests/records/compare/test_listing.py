@@ -49,6 +49,7 @@ def test_what_a_run_that_evaluates_came_to_and_what_ails_it(tmp_path: Path) -> N
     asked = [evaluated(version, {"1+1=": (version / 4, 0.5)}) for version in (0, 1, 2)]
     make_asked(tmp_path / "it", [0.1, 0.2], evaluations=asked, metrics={"diagnosis/cut": 1.0, "diagnosis/kl": 0.0})
     run = list_run(tmp_path / "it", "it")
+    assert run.state == "crashed", "its store says that it had begun"
     assert (run.held_out_metric, run.held_out) == ("eval/sums/avg@2", (0.25, 0.5))
     assert run.findings == ("cut",)
 

@@ -45,6 +45,7 @@ def well(step: int) -> dict[str, float]:
     }
 
 
+RESAMPLED = {"dynamic_sampling": True}
 STILL = {"reward": 0.3}
 SICK: dict[str, tuple[Figures, str, str]] = {
     "nonfinite": (lambda ill: {"nonfinite": float(ill > 0)}, "of the last 20 updates", "learner.lr=5e-07"),
@@ -131,6 +132,25 @@ def test_a_run_that_has_learned_everything_is_not_sick() -> None:
 def test_the_first_steps_are_never_sick() -> None:
     worst = {"reward": 0.0, "reward_std": 0.0, "frac_reward_zero_std": 1.0, "completions/clipped_ratio": 1.0}
     assert watched(*[well(step) | worst for step in range(1, EARLY + WINDOW)]).all_findings == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        ({"learner": RESAMPLED}, "--set curriculum.enabled=true"),
+        ({"learner": RESAMPLED, "curriculum": {"enabled": True}}, "--set generation.num_generations=16"),
+    ],
+)
+def test_what_is_on_already_is_no_remedy(changes: dict[str, dict[str, Any]], remedy: str) -> None:
+    config = {**CONFIG, **{section: CONFIG.get(section, {}) | table for section, table in changes.items()}}
+    (finding,) = watched(*falling_ill(SICK["no_signal"][0]), config=config).findings
+    assert finding.remedy == remedy
+
+
+@pytest.mark.parametrize("rule", ["reward_down", "lengths", "entropy_explosion"])
+def test_rows_that_get_harder_are_no_sickness(rule: str) -> None:
+    harder = falling_ill(SICK[rule][0])
+    assert watched(*harder, config=CONFIG | {"curriculum": {"enabled": True}}).all_findings == ()
 
 
 def test_what_lies_about_a_bound_does_not_come_and_go() -> None:

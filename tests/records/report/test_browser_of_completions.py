@@ -26,6 +26,7 @@ from troupe.daemon.page.history import History
 from troupe.daemon.page.server import Page
 from troupe.messages import GroupClosed, TokenFigures
 from troupe.policy import Tokenizer
+from troupe.records.browse import part_in
 from troupe.records.layout import STORE
 from troupe.records.report.page import report_page
 from troupe.records.report.picture import read_run
@@ -79,7 +80,7 @@ def make_said(folder: Path) -> Path:
 
 def report_in(browser: Any, folder: Path, **options: Any) -> Tab:
     path = folder / "report.html"
-    path.write_bytes(report_page(read_run(folder)).encode("utf-8", "replace"))
+    path.write_bytes(report_page(read_run(folder), part_in(folder)).encode("utf-8", "replace"))
     tab = Tab(browser.new_context(**options).new_page())
     tab.page.goto(path.as_uri())
     return tab
@@ -193,6 +194,7 @@ def _colour(tab: Tab) -> None:
     assert "log-prob −4 · entropy 2 · importance ratio 1.5" in tab.text(".readout")
     tab.page.get_by_role("button", name="This prompt through the steps").click()
     tab.see(lambda: [line[:6] for line in lines(tab)][:3] == ["step 1"] * 3)
+    tab.see(lambda: tab.page.locator(".course i").count() == tab.page.locator(".listed .line").count())
 
 
 def _colour_of(tab: Tab, place: int) -> float:

@@ -13,6 +13,7 @@ import pytest
 from tests.records.report.folders import make_run, metrics_of
 from tests.records.report.test_page import HOSTILE, write_hostile, write_hostile_episode
 from tests.support.browsers import a_browser
+from troupe.records.browse import part_in
 from troupe.records.report.page import report_page
 from troupe.records.report.picture import read_run
 
@@ -31,7 +32,7 @@ class Tab:
 
     def __init__(self, browser: Any, folder: Path, **context: Any) -> None:
         path = folder / "report.html"
-        path.write_bytes(report_page(read_run(folder)).encode("utf-8", "replace"))
+        path.write_bytes(report_page(read_run(folder), part_in(folder)).encode("utf-8", "replace"))
         self.errors: list[str] = []
         self.page = browser.new_context(viewport={"width": 1280, "height": 900}, **context).new_page()
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
@@ -179,6 +180,10 @@ def test_light_and_dark(tmp_path: Path, browser: Any) -> None:
     assert light[1] != dark[1]
     tab.page.click(".theme-switch")
     assert tab.page.evaluate(ground) == dark[0]
+    tab.page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert (tab.page.evaluate(ground), tab.of_each(stroke)[0]) == light, "paper is light"
+    tab.page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert (tab.page.evaluate(ground), tab.of_each(stroke)[0]) == dark
     tab.close()
 
 
@@ -198,4 +203,7 @@ def test_hostile_text_does_nothing(tmp_path: Path, browser: Any) -> None:
         assert tab.page.locator("img").count() == 0
         assert tab.page.locator("script").count() == 2
         assert tab.page.locator("details.call").count() == calls
+        chart = {"series": [{"name": '=HYPERLINK("x")', "x": {"step": [1, 2]}, "y": [0.5, None]}]}
+        lines = tab.page.evaluate("chartAsCsv", chart)
+        assert lines == 'step,"\'=HYPERLINK(""x"")"\r\n1,0.5\r\n2,\r\n', "no formula for a spreadsheet"
         tab.close()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.fakes import ones, weigh_ids
+from tests.support.fakes import ones, weigh_ids, write_prompts
 from tests.support.runs import column, done, lines, summary, train
 from troupe import diagnose
 
@@ -55,3 +55,20 @@ def test_a_rate_far_too_low_moves_no_16_bit_weight(
     assert [finding.rule for finding in result.findings] == found
     moved = column(result.folder, "weights/moved")
     assert max(moved) < 1e-4 if found else min(moved) > 0.01
+
+
+def test_what_is_asked_elsewhere_gets_worse(ragged_model: Path, tmp_path: Path) -> None:
+    """Training wants low ids, the evaluation high ones."""
+    code = tmp_path / "ids.py"
+    code.write_text(
+        "def low(completion_ids, **_):\n    return [sum(i < 128 for i in ids) / len(ids) for ids in completion_ids]\n"
+        "def high(completion_ids, **_):\n    return [1.0 - score for score in low(completion_ids)]\n"
+    )
+    asked = {"name": "high", "path": str(write_prompts(tmp_path / "asked.json")), "rewards": [f"{code}:high"]}
+    settings = {"evaluation__every": 10, "evaluation__sets": [asked | {"num_samples": 8, "temperature": 1.0}]}
+    settings |= {"rewards__functions": [f"{code}:low"], "learner__max_steps": 36, "checkpoint__every": 99}
+    result = train(ragged_model, tmp_path, **settings)
+    (finding,) = result.findings
+    assert finding.rule == "held_out_down"
+    assert finding.evidence.startswith("eval/high/avg@8 fell from 0.")
+    assert diagnose(result.folder) == (finding,)

@@ -6,7 +6,6 @@ from functools import partial
 from typing import NamedTuple
 
 import anyio
-import anyio.to_thread
 import msgspec
 
 from troupe.actors.evaluator.decoding import Decoder, EvalSet, RowPrompts, row_of
@@ -47,14 +46,16 @@ class Evaluator(Actor):
         sets: Callable[[], Sequence[SetWork]],
         ledger: EvaluationLedger,
         written: Callable[[], Awaitable[object]],
+        record: Callable[[], Awaitable[None]],
         report: Reporter | None = None,
     ) -> None:
-        """`sets`: makes them, once. `written`: comes back when the sinks have written what they were given."""
+        """`sets`: makes them, once. `written`: comes back when the sinks have written what they were given.
+        `record`: has the ledger's file written; OSError where the disk fails."""
         super().__init__(inbox, [evaluated], report)
         self._evaluated = evaluated
         self._sets = sets()
         self._ledger = ledger
-        self._written = written
+        self._written, self._record = written, record
         self._doing = ""
         self._done = self._total = 0
 
@@ -98,7 +99,7 @@ class Evaluator(Actor):
         await self._written()
         self._ledger.add(result)
         try:
-            await anyio.to_thread.run_sync(self._ledger.write)
+            await self._record()
         except OSError as error:
             what = f"the evaluation of {of.name} at step {message.version} could not be recorded: {error}"
             await self._tell("evaluation_unrecorded", f"{what}; whoever resumes from before makes it again")

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import msgspec
 
-from troupe.records.compare.held_out import is_share
+from troupe.records.compare.held_out import HEADLINES, distinct_figures, is_share
 from troupe.records.compare.runs import Group, RunComparison
 from troupe.records.figures import CHARTS, ChartSpec, function_of, lines_of, named_by
 from troupe.records.report.charts import Chart, Line, Section, Values, sections_of
@@ -58,7 +58,6 @@ class Overlay:
 
     def laid(self) -> Laid:
         """All charts of all runs."""
-        sections = [self._held_out()] if any(run.held_out for run in self._found.runs) else []
         charts: dict[str, list[Chart]] = {}
         flat: dict[str, list[str]] = {}
         for spec, title, metric in self._metrics():
@@ -68,10 +67,12 @@ class Overlay:
                 flat.setdefault(spec.section, []).append(title)
             else:
                 charts.setdefault(spec.section, []).append(Chart(key=metric, spec=named, lines=lines))
-        names = dict.fromkeys((*charts, *flat))
-        sections += [
-            Section(title=name, charts=tuple(charts.get(name, ())), flat=tuple(flat.get(name, ()))) for name in names
+        sections = [
+            Section(title=name, charts=tuple(charts.get(name, ())), flat=tuple(flat.get(name, ())))
+            for name in dict.fromkeys((*charts, *flat))
         ]
+        if any(run.held_out for run in self._found.runs):
+            sections.insert(1, self._held_out())  # after the reward
         within = [self._found.runs[place].name for group in self._bands.values() for place in group.runs]
         return Laid(sections=tuple(sections), axes=tuple(self._axes), colours=self._colours, within=tuple(within))
 
@@ -148,13 +149,14 @@ class Overlay:
         """Each figure of each set, by the version that was evaluated."""
         charts = []
         for name in dict.fromkeys(name for run in self._found.runs for name in run.held_out):
-            figures = dict.fromkeys(
-                f for run in self._found.runs if name in run.held_out for f in run.held_out[name].figures
-            )
-            for figure in figures:
+            there = [run.held_out[name] for run in self._found.runs if name in run.held_out]
+            for figure, same in distinct_figures(there).items():
                 lines = tuple(self._held_out_lines(name, figure))
-                written = "percent" if is_share(figure) else "number"
+                if not figure.startswith(HEADLINES) and not any(any(line.mean) for line in lines):
+                    continue
                 about = "By the steps learned from; bars are standard errors."
+                about += f" The same as {', '.join(same)}." if same else ""
+                written = "percent" if is_share(figure) else "number"
                 spec = ChartSpec(_HELD_OUT, f"{name}: {figure}", about, written, least=None, smooth=False)
                 charts.append(Chart(key=f"eval/{name}/{figure}", spec=spec, lines=lines))
         return Section(title=_HELD_OUT, charts=tuple(charts))

@@ -1,17 +1,19 @@
 """What runs came to on rows that they are not trained on: each set's figures by version, and two runs row by row."""
 
 from collections.abc import Mapping, Sequence
+from math import isclose
 from typing import Any
 
 import msgspec
 
 from troupe.messages import Evaluated, EvaluatedRow
 from troupe.records.standing import Summary
-from troupe.rewards.estimates import Comparison, compared
+from troupe.rewards.estimates import Comparison, compared, scores_by_row
 
 _OLD_SET = "held_out"
-_HEADLINES = ("accuracy", "avg@", "pass@")
+HEADLINES = ("accuracy", "avg@", "pass@")
 """How a set's most telling figure is called; the first that there is."""
+_WORDS = {"length": "tokens a completion", "clipped": "cut at the limit", "missing": "without a score"}
 _TOLD = ("accuracy", "avg@", "pass@", "maj@", "length")
 
 
@@ -50,8 +52,13 @@ class HeldOut(msgspec.Struct, frozen=True, kw_only=True):
     def headline(self) -> str:
         """The figure that tells most."""
         return next(
-            (name for start in _HEADLINES for name in self.figures if name.startswith(start)), next(iter(self.figures))
+            (name for start in HEADLINES for name in self.figures if name.startswith(start)), next(iter(self.figures))
         )
+
+    @property
+    def gained(self) -> Comparison | None:
+        """The newest version against the first, row by row; None where there is one only, or rows are not stored."""
+        return compared(scores_by_row(self.first_rows), scores_by_row(self.rows))
 
 
 def held_out_of(evaluations: Sequence[Evaluated]) -> dict[str, HeldOut]:
@@ -93,9 +100,34 @@ def paired(first: HeldOut, second: HeldOut) -> Comparison | None:
     return compared(_by_prompt(first.rows), _by_prompt(second.rows))
 
 
+def distinct_figures(runs: Sequence[HeldOut]) -> dict[str, list[str]]:
+    """The figures of one set, each with those that were the same in all of the runs at every version: with one sample
+    a row and scores of 0 and 1, `accuracy`, `avg@1` and `pass@1` are."""
+    found: dict[str, list[str]] = {}
+    for figure in dict.fromkeys(figure for run in runs for figure in run.figures):
+        for other, same in found.items():
+            if all(_are_alike(run.figures.get(figure, ()), run.figures.get(other, ())) for run in runs):
+                same.append(figure)
+                break
+        else:
+            found[figure] = []
+    return found
+
+
+def _are_alike(one: Sequence[Point], other: Sequence[Point]) -> bool:
+    return len(one) == len(other) and all(
+        a.version == b.version and isclose(a.value, b.value, abs_tol=1e-9) for a, b in zip(one, other, strict=True)
+    )
+
+
 def is_share(figure: str) -> bool:
     """Whether a figure of a set is a part of its rows."""
-    return figure == "accuracy" or figure.startswith(("pass@", "maj@"))
+    return figure in ("accuracy", "clipped", "missing") or figure.startswith(("pass@", "maj@"))
+
+
+def in_words(figure: str) -> str:
+    """A figure of a set for people."""
+    return _WORDS.get(figure, figure)
 
 
 def prompt_key(prompt: Any) -> str:

@@ -15,11 +15,11 @@ from troupe.errors import InputError, TroupeError
 from troupe.messages import Evaluated
 from troupe.records.compare.held_out import HeldOut, held_out_before, held_out_of
 from troupe.records.compare.settings import settings_of
+from troupe.records.evaluations import read_evaluations
 from troupe.records.layout import METRICS, RUN_TOML, STORE
 from troupe.records.report.picture import STATES, State, planned_steps
 from troupe.records.sinks.jsonl import decode_step
 from troupe.records.standing import Standing, Summary, read_standing, read_summary
-from troupe.records.store.evaluations import stored_evaluations
 from troupe.records.store.glance import Glance
 from troupe.records.store.read import open_store
 from troupe.runtime.files import read_toml
@@ -52,6 +52,8 @@ class ListedRun(msgspec.Struct, frozen=True, kw_only=True):
     seed: int | None = None
     reward: Ends = (None, None)
     """Of the first and of the newest step."""
+    trend: tuple[float, ...] = ()
+    """Rewards of some steps, from the first to the newest."""
     held_out: Ends = (None, None)
     """On rows that are not trained on, by the first and by the newest evaluation: the first set's `held_out_metric`."""
     held_out_metric: str | None = None
@@ -110,10 +112,12 @@ def list_run(folder: Path, name: str) -> ListedRun:
     ends, evaluations = _ends(folder, notes)
     summary = read_summary(folder) or Summary()
     step = max(ends.step, fate.step)
-    sets = held_out_of(evaluations) or held_out_before(summary if summary.steps >= step else Summary())
+    sets = held_out_of(evaluations or read_evaluations(folder)) or held_out_before(
+        summary if summary.steps >= step else Summary()
+    )
     metric, held_out = _held_out(sets)
     model, data, seed = map(settings_of(config).get, ("model.path", "data.path", "seed"))
-    notes += _lock_notes(folder, fate)
+    notes += _standing_notes(folder, fate)
     return ListedRun(
         name=name,
         folder=str(folder),
@@ -124,6 +128,7 @@ def list_run(folder: Path, name: str) -> ListedRun:
         data=source_name(data) if isinstance(data, str) else None,
         seed=seed if isinstance(seed, int) else None,
         reward=(ends.first.get("reward"), ends.newest.get("reward")),
+        trend=ends.rewards,
         held_out=held_out,
         held_out_metric=metric,
         findings=tuple(
@@ -149,7 +154,7 @@ def _ends(folder: Path, notes: list[str]) -> tuple[Glance, list[Evaluated]]:
     if (folder / STORE).is_file():
         try:
             with open_store(folder) as run:
-                return run.glance(), stored_evaluations(run.connection)
+                return run.glance(), run.evaluations()
         except TroupeError as error:
             notes.append(str(error))
     try:
@@ -173,16 +178,15 @@ def _held_out(sets: Mapping[str, HeldOut]) -> tuple[str | None, Ends]:
     return None, (None, None)
 
 
-def _lock_notes(folder: Path, fate: Standing) -> Iterator[str]:
+def _standing_notes(folder: Path, fate: Standing) -> Iterator[str]:
+    """Why it does not answer or ended early, and whose lock lies there."""
+    if fate.reason is not None:
+        yield fate.reason if fate.fate == "silent" else f"ended early: {fate.reason}"
     owner = read_owner(folder) if fate.pid is not None else None
-    if owner is None:
-        return
-    if not owner.is_here:
+    if owner is not None and not owner.is_here:
         yield f"process {owner.pid} of {owner.host} has it, which is not asked from here"
-    elif fate.fate == "cut off":
+    elif owner is not None and fate.fate == "cut off":
         yield f"process {owner.pid} died and left its lock"
-    elif fate.reason is not None:
-        yield fate.reason
 
 
 def _touched(folder: Path) -> float | None:

@@ -12,7 +12,6 @@ from troupe.records.compare.runs import Group, RunComparison
 from troupe.records.compare.words import (
     about_figures,
     figures_told,
-    findings_told,
     held_out_tables,
     run_figures,
     setting_rows,
@@ -77,7 +76,7 @@ def compare_page(found: RunComparison) -> str:
         sections=laid.sections,
         held_out=list(held_out_tables(found)),
         has_prompts=bool(prompts),
-        findings=[(run.name, told) for run in found.runs if (told := findings_told(run))],
+        findings=[(run.name, told) for run in found.runs if (told := run.picture.diagnosis)],
         notes=[(run.name, note) for run in found.runs for note in run.picture.notes],
     )
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import msgspec
 
-from troupe.errors import InputError, OutputError
+from troupe.errors import InputError
 from troupe.messages import Status
 from troupe.records.compare.figures import Level, RunFigures, figures_of_run, level_of
-from troupe.records.compare.held_out import HeldOut, held_out_before, held_out_of
+from troupe.records.compare.held_out import HeldOut
 from troupe.records.compare.settings import (
     Difference,
     Settings,
@@ -19,9 +19,6 @@ from troupe.records.compare.settings import (
     short_names,
 )
 from troupe.records.report.picture import RunPicture, read_run
-from troupe.records.standing import Summary, read_summary
-from troupe.records.store.evaluations import stored_evaluations, stored_rows
-from troupe.records.store.read import StoredRun, open_store
 
 MOST_RUNS = 32
 
@@ -82,7 +79,7 @@ def read_runs(folders: Sequence[Path], ask_status: AskStatus, reward: float | No
             picture=picture,
             settings=said,
             figures=figures_of_run(picture.metrics, level),
-            held_out=_held_out(folder),
+            held_out=picture.held_out,
         )
         for name, folder, picture, said in zip(names, folders, pictures, settings, strict=True)
     )
@@ -102,22 +99,3 @@ def _check(folders: Sequence[Path]) -> None:
         other = seen.setdefault(folder.resolve(), folder)
         if other is not folder:
             raise InputError(f"{folder}: this run is named twice; name it once")
-
-
-def _held_out(folder: Path) -> dict[str, HeldOut]:
-    try:
-        with open_store(folder) as run:
-            if found := held_out_of(stored_evaluations(run.connection)):
-                return {name: _with_rows(run, held_out) for name, held_out in found.items()}
-    except OutputError:  # its picture has a note of it
-        pass
-    return held_out_before(read_summary(folder) or Summary())
-
-
-def _with_rows(run: StoredRun, held_out: HeldOut) -> HeldOut:
-    first, newest = held_out.versions[0], held_out.newest
-    return msgspec.structs.replace(
-        held_out,
-        rows=stored_rows(run.connection, newest, held_out.name),
-        first_rows=stored_rows(run.connection, first, held_out.name) if first != newest else (),
-    )

@@ -8,9 +8,8 @@ from typing import Any
 import msgspec
 
 from troupe.records import text as words
-from troupe.records.compare.held_out import HeldOut, Point, is_share, paired
+from troupe.records.compare.held_out import HEADLINES, HeldOut, Point, distinct_figures, is_share, paired
 from troupe.records.compare.runs import ComparedRun, Group, RunComparison
-from troupe.records.diagnosis import in_a_line
 from troupe.records.text import MISSING
 from troupe.rewards.estimates import Comparison
 
@@ -75,11 +74,6 @@ def about_figures(found: RunComparison) -> str:
     )
 
 
-def findings_told(run: ComparedRun) -> str:
-    """What is wrong with a run, by what holds now; empty where nothing is."""
-    return in_a_line([finding for finding in run.picture.findings if finding.until is None])
-
-
 def figures_told(run: ComparedRun, figures: Sequence[Figure]) -> list[str]:
     """The figures of a run; a dash where nothing tells one."""
     return [MISSING if (value := figure.of(run)) is None else figure.written(value) for figure in figures]
@@ -139,13 +133,14 @@ class HeldOutTable(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _MOST_FIGURES = 4
+_PASS = "pass@"
 
 
 def held_out_tables(found: RunComparison) -> Iterator[HeldOutTable]:
     """A table for each set of rows."""
     for name in dict.fromkeys(name for run in found.runs for name in run.held_out):
         there = [run for run in found.runs if name in run.held_out]
-        figures = list(dict.fromkeys(figure for run in there for figure in run.held_out[name].figures))[:_MOST_FIGURES]
+        figures = _most_telling([run.held_out[name] for run in there])
         base = there[0]
         rows = []
         for group in found.groups:
@@ -159,6 +154,17 @@ def held_out_tables(found: RunComparison) -> Iterator[HeldOutTable]:
                 told = tuple(_newest_together(members, name, figure) for figure in figures)
                 rows.append((group.name, "", told, f"mean of {len(members)} seeds, least to most"))
         yield HeldOutTable(name=name, base=base.name, figures=tuple(figures), rows=tuple(rows))
+
+
+def _most_telling(runs: Sequence[HeldOut]) -> list[str]:
+    """The figures of a set that a table has: of pass@k the largest k, and none that is 0 throughout."""
+    figures = [
+        figure
+        for figure in distinct_figures(runs)
+        if figure.startswith(HEADLINES) or any(p.value for run in runs for p in run.figures.get(figure, ()))
+    ]
+    largest = max((f for f in figures if f.startswith(_PASS)), key=lambda f: int(f.removeprefix(_PASS)), default="")
+    return [f for f in figures if f == largest or f == figures[0] or not f.startswith(_PASS)][:_MOST_FIGURES]
 
 
 def _newest_together(members: Sequence[ComparedRun], name: str, figure: str) -> str:
@@ -176,10 +182,9 @@ def _against(base: HeldOut, other: HeldOut) -> str:
 
 def pair_told(pair: Comparison) -> str:
     """What a paired test says, on one line."""
-    said = "more than noise" if pair.is_more_than_noise else "may be noise"
     between = "" if pair.low is None or pair.high is None else f" ({pair.low:+.3f} to {pair.high:+.3f})"
-    rows = f"{len(pair.better):,} rows better, {len(pair.worse):,} worse, {pair.ties:,} alike"
-    return f"{pair.difference:+.3f}{between}, p {pair.p:.2g}, {said}: {rows}".replace("-", "−")
+    difference = f"{pair.difference:+.3f}{between}".replace("-", "−")
+    return f"{difference}: {pair.verdict}; {pair.counts}"
 
 
 def _ends(figure: str, points: Sequence[Point]) -> str:
@@ -187,7 +192,7 @@ def _ends(figure: str, points: Sequence[Point]) -> str:
     if not points:
         return MISSING
     first, last = points[0], points[-1]
-    error = "" if last.se is None else f" ± {figure_told(figure, last.se)}"
+    error = "" if last.se is None else f" ± {figure_told(figure, float(f'{last.se:.2g}'))}"
     now = f"{figure_told(figure, last.value)}{error}"
     return now if first is last else f"{figure_told(figure, first.value)} → {now}"
 

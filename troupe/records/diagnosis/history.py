@@ -123,7 +123,9 @@ class History:
         return self._peaks.get(name)
 
     def reward_at(self, step: int) -> float | None:
-        """The mean reward of the window that ended with a step."""
+        """The mean reward of the window that ended with a step; of one before there was any, what the run began at."""
+        if step < WINDOW:
+            return self.start("reward")
         value = self._rewards[step] if step < len(self._rewards) else math.nan
         return None if math.isnan(value) else value
 

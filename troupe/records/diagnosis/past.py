@@ -1,30 +1,27 @@
 """The diagnosis of a run that is there already, from what its folder has of the steps."""
 
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from troupe.errors import InputError
-from troupe.messages import Evaluated, Finding
+from troupe.messages import Finding
 from troupe.records.diagnosis.watch import Diagnosis
+from troupe.records.evaluations import read_evaluations
 from troupe.records.layout import METRICS, RUN_TOML, STORE
 from troupe.records.sinks.jsonl import decode_step
 from troupe.records.store.read import open_store
 from troupe.runtime.files import read_toml
 
-Steps = Iterable[tuple[int, Mapping[str, Any]]]
-
 
 def begin_again(config: Mapping[str, Any], folder: Path, step: int) -> Diagnosis:
     """That of a run that goes on after a step: as if it had watched all steps up to it. What cannot be read is left
     out."""
-    diagnosis = Diagnosis(config)
+    diagnosis = awaiting(config, folder, step) if step else Diagnosis(config)
     if step:
         with suppress(InputError, OSError):
-            for told in _evaluations(folder):
-                if told.version <= step:
-                    diagnosis.add_evaluation(told.version, told.metrics)
             for number, metrics in _steps(folder):
                 if number > step:
                     break
@@ -38,10 +35,8 @@ def diagnose(folder: str | Path) -> tuple[Finding, ...]:
     folder = Path(folder)
     if not (folder / RUN_TOML).is_file():
         raise InputError(f"{folder}: there is no {RUN_TOML}, so this is not the folder of a run")
-    diagnosis = Diagnosis(read_toml(folder / RUN_TOML))
+    diagnosis = awaiting(read_toml(folder / RUN_TOML), folder)
     try:
-        for told in _evaluations(folder):
-            diagnosis.add_evaluation(told.version, told.metrics)
         for number, metrics in _steps(folder):
             diagnosis.add(number, metrics)
     except OSError as error:
@@ -49,12 +44,13 @@ def diagnose(folder: str | Path) -> tuple[Finding, ...]:
     return diagnosis.all_findings
 
 
-def _evaluations(folder: Path) -> list[Evaluated]:
-    """Those that run.sqlite has; none where there is none."""
-    if not (folder / STORE).is_file():
-        return []
-    with open_store(folder) as run:
-        return run.evaluations()
+def awaiting(config: Mapping[str, Any], folder: Path, newest: float = math.inf) -> Diagnosis:
+    """One that knows of the run's evaluations, up to a version, and of no step yet."""
+    diagnosis = Diagnosis(config)
+    for told in read_evaluations(folder):
+        if told.version <= newest:
+            diagnosis.add_evaluation(told.version, told.metrics)
+    return diagnosis
 
 
 def _steps(folder: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:

@@ -12,10 +12,11 @@ _SET_LIVE = ("learner.lr",)
 
 def in_a_line(findings: Sequence[Finding], folder: str = "") -> str:
     """The most serious of those that hold, and how many more there are; empty where there is none. As `in_full`."""
-    if not findings:
+    holding = [finding for finding in findings if finding.until is None]
+    if not holding:
         return ""
-    more = f" (+{len(findings) - 1} more)" if len(findings) > 1 else ""
-    return f"{in_full(findings[0], folder)}{more}"
+    more = f" (+{len(holding) - 1} more)" if len(holding) > 1 else ""
+    return f"{in_full(holding[0], folder)}{more}"
 
 
 def in_full(finding: Finding, folder: str = "") -> str:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
+from troupe.records.compare.held_out import is_share
 from troupe.records.figures import CHARTS, FIGURES, ChartSpec, function_of, lines_of, named_by
 from troupe.records.report.picture import RunPicture
 
@@ -16,6 +17,9 @@ _MOST_LINES = 6
 _MOST_NAMED = 8
 """Lines of a chart that whatever has a name adds to."""
 _PARTS = ChartSpec("Reward", "Parts of the reward", "Mean score of each reward function, not weighted.", least=None)
+_HELD_OUT = "Held-out rows"
+_ABOUT_SETS = "By the steps that the policy had learned from; bars are standard errors."
+_OF_A_SET = ("accuracy", "avg@", "pass@", "maj@")
 _MOST_OTHERS = 24
 """Charts of metrics that are not ours."""
 
@@ -84,7 +88,33 @@ def sections_of(run: RunPicture) -> tuple[Section, ...]:
         if spec.parts:
             charts += _parts(run, alone=chart is None)
     found["Other metrics"] = _others(run)
-    return tuple(_section(title, charts) for title, charts in found.items() if charts)
+    sections = [_section(title, charts) for title, charts in found.items() if charts]
+    if (held_out := held_out_section(run)) is not None:
+        sections.insert(min(1, len(sections)), held_out)
+    return tuple(sections)
+
+
+def held_out_section(run: RunPicture) -> Section | None:
+    """A chart of each set that several versions were evaluated on; None without any. The lines of the n-th set have
+    the n-th axes after those of the run."""
+    charts = []
+    for place, held_out in enumerate(run.held_out.values(), 1):
+        lines: dict[Values, Line] = {}
+        for figure, points in held_out.figures.items():
+            if figure.startswith(_OF_A_SET) and len(held_out.versions) > 1:
+                known = {point.version: point for point in points}
+                there = [known.get(version) for version in held_out.versions]
+                values = tuple(None if point is None else point.value for point in there)
+                errors = tuple(None if point is None else point.se for point in there)
+                line = Line(name=figure, mean=values, errors=errors, points=True, axes=place)
+                lines.setdefault(values, line)  # others are the same where a row has one sample, or passes or fails
+        if lines:
+            some = tuple(lines.values())[:_MOST_LINES]
+            title = f"{held_out.name}: {some[0].name}" if len(some) == 1 else held_out.name
+            written = "percent" if all(is_share(line.name) for line in some) else "number"
+            spec = ChartSpec(_HELD_OUT, title, _ABOUT_SETS, written, least=None, smooth=False)
+            charts.append(Chart(key=f"held_out_{place}", spec=spec, lines=some))
+    return Section(title=_HELD_OUT, charts=tuple(charts)) if charts else None
 
 
 def _section(title: str, charts: Sequence[Chart]) -> Section:

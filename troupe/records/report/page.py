@@ -1,15 +1,18 @@
 """The picture of a run → one HTML page; how its parts are put together is in `template.py`."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from troupe.messages.evaluations import HELD_OUT
 from troupe.records import text as words
+from troupe.records.compare.held_out import HeldOut, Point, in_words, is_share
 from troupe.records.conversations import Said, conversation_of, facts_of, observed_within, shortened
-from troupe.records.diagnosis import in_a_line, remedy_for, steps_of
+from troupe.records.diagnosis import remedy_for, steps_of
 from troupe.records.report.charts import sections_of
 from troupe.records.report.data import Axes, bars_of, chart_data, marks_of
 from troupe.records.report.picture import INCIDENTS_SHOWN, RunPicture, State
@@ -29,7 +32,7 @@ _MOST_SAID = 60
 """Messages of a conversation."""
 _MOST_MEMBERS = 100
 _MOST_SCORES = 2
-"""Scores on held-out rows among the figures that one reads first; with more there is a table."""
+"""Sets of held-out rows among the figures that one reads first."""
 BADGES: dict[State, str] = {
     "finished": "good",
     **dict.fromkeys(("running", "starting"), "busy"),
@@ -37,8 +40,7 @@ BADGES: dict[State, str] = {
     **dict.fromkeys(("restarting", "crashed"), "bad"),
     "new": "",
 }
-_OVER: tuple[State, ...] = ("finished", "stopped", "crashed", "new")
-"""Nobody is there who could be asked for something."""
+_BEST_OF = ("accuracy", "avg@", "pass@", "maj@")
 _SETTINGS = (
     ("model", "model.path"),
     ("weights", "model.dtype"),
@@ -69,6 +71,15 @@ class Tile(msgspec.Struct, frozen=True):
     more: str = ""
 
 
+class SetRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A figure of a set of held-out rows, as it is shown."""
+
+    figure: str
+    first: str
+    newest: str
+    best: str
+
+
 class Talk(msgspec.Struct, frozen=True, kw_only=True):
     """A completion as it is shown."""
 
@@ -82,13 +93,16 @@ class Talk(msgspec.Struct, frozen=True, kw_only=True):
     """Of a completion that acted: what was said, in place of its prompt."""
 
 
-def report_page(run: RunPicture) -> str:
-    """The page as HTML text."""
+def report_page(run: RunPicture, browsed: Mapping[str, Any] | None = None) -> str:
+    """The page as HTML text. `browsed`: completions that can be looked through, as `browse.part_in` has them."""
     sections = sections_of(run)
     bars = bars_of(run)
     charts = [chart for section in sections for chart in section.charts]
-    data = chart_data(charts, [Axes.of(run.metrics)], marks_of(run)) | {"bars": bars, "completions": run.stored.browsed}
-    live = run.folder if run.state not in _OVER else ""
+    axes = Axes.of(run.metrics)
+    of_sets = [axes.at(held_out.versions) for held_out in run.held_out.values()]
+    data = chart_data(charts, [axes, *of_sets], marks_of(run))
+    data |= {"bars": bars, "completions": browsed or {}}
+    live = run.folder if run.goes_on else ""
     members = run.stored.members if _is_crowd(run.stored.members) else ()
     return rendered(
         "report.html",
@@ -97,7 +111,6 @@ def report_page(run: RunPicture) -> str:
         data=data,
         filters={"plain": _value, "facts": facts_of, "remedy": partial(remedy_for, folder=live), "steps": steps_of},
         run=run,
-        holding=in_a_line([finding for finding in run.findings if finding.until is None], live),
         name=Path(run.folder).name,
         badge=BADGES[run.state],
         facts=list(_facts(run)),
@@ -105,9 +118,9 @@ def report_page(run: RunPicture) -> str:
         tiles=list(_tiles(run)),
         sections=sections,
         bars=[name for name, rows in bars.items() if rows],
-        most_scores=_MOST_SCORES,
+        sets=[(held_out, list(rows_of_set(held_out))) for held_out in run.held_out.values()],
         talks=list(_talks(run)),
-        browses=bool(run.stored.browsed.get("rows")),
+        browses=bool(browsed and browsed["rows"]),
         incidents_shown=INCIDENTS_SHOWN,
         members=members[-_MOST_MEMBERS:],
         members_left_out=max(0, len(members) - _MOST_MEMBERS),
@@ -139,9 +152,10 @@ def _facts(run: RunPicture) -> Iterator[str]:
 def _tiles(run: RunPicture) -> Iterator[Tile]:
     if rewards := run.values("reward"):
         yield Tile("reward", words.number(rewards[-1]), f"from {words.number(rewards[0])}")
-    for score in run.evaluated[:_MOST_SCORES]:
-        figure = words.percent if score.name == "accuracy" else words.number
-        yield Tile(f"held-out {score.name}", figure(score.after), f"from {figure(score.before)}")
+    for held_out in list(run.held_out.values())[:_MOST_SCORES]:
+        name = "held-out" if held_out.name == HELD_OUT else held_out.name
+        row = next(rows_of_set(held_out))
+        yield Tile(f"{name} {row.figure}", row.newest, f"from {row.first}")
     of = [] if run.total_steps is None else [f"of {run.total_steps:,}"]
     epochs = [f"epoch {epoch:.2f}" for epoch in run.values("epoch")[-1:]]
     yield Tile("steps", f"{run.step:,}", ", ".join(of + epochs))
@@ -158,6 +172,39 @@ def _tiles(run: RunPicture) -> Iterator[Tile]:
         yield Tile("peak memory", words.size(1e9 * max(peaks)))
     incidents = sum(run.incidents.values())
     yield Tile("incidents", f"{incidents:,}", ", ".join(list(run.incidents)[:2]))
+
+
+def rows_of_set(held_out: HeldOut) -> Iterator[SetRow]:
+    """The figures of a set, those that tell most first; what says the same as one before is left out."""
+    told: list[list[float]] = []
+    for figure, points in held_out.figures.items():
+        values = [point.value for point in points]
+        is_of_scores = in_words(figure) == figure
+        if (is_of_scores and values in told) or (figure == "missing" and not any(values)):
+            continue
+        told += [values] if is_of_scores else []
+        is_part = is_share(figure) or figure in ("clipped", "missing")
+        by_version = {point.version: point for point in points}
+        first, newest = by_version.get(held_out.versions[0]), by_version.get(held_out.newest)
+        best = max(points, key=lambda point: point.value)
+        yield SetRow(
+            figure=in_words(figure),
+            first=_point(first if len(held_out.versions) > 1 else None, is_part),
+            newest=_point(newest, is_part),
+            best=f"{_point(best, is_part)} (step {best.version:,})" if figure.startswith(_BEST_OF) else "",
+        )
+
+
+def _point(point: Point | None, is_part: bool) -> str:
+    """With its standard error, of which two digits tell."""
+    if point is None:
+        return words.MISSING
+    if is_part:
+        return words.percent(point.value) + ("" if point.se is None else f" ± {words.percent(point.se)}")
+    if not point.se:
+        return words.number(point.value)
+    digits = max(0, 1 - math.floor(math.log10(point.se)))
+    return f"{point.value:.{digits}f} ± {point.se:.{digits}f}"
 
 
 def _talks(run: RunPicture) -> Iterator[Talk]:

@@ -229,12 +229,16 @@ class Display:
         way = newest if trend.steps[0] == trend.steps[1] else arrows(f"{first} → {newest}", self._encoding)
         in_group = next((f"   {label} {value}" for label, value in _figures("reward", self._metrics)[1:]), "")
         steps = f"   step {trend.steps[0]:,} to {trend.steps[1]:,}" if trend.steps[0] < trend.steps[1] else ""
-        values = spread(trend.values, room)
-        drawn = area(values, room, rows, encoding=self._encoding)
-        edges = [written(max(values), ".3f"), *[""] * (rows - 2), written(min(values), ".3f")] if rows > 1 else [""]
         heading = line((f"{'reward':<{LABEL_WIDTH}}", "bold"), (way, "bold"), (in_group, "dim"), (steps, "dim"))
+        values = spread(trend.values, room) if len(trend.values) > 1 else []
+        if not values:
+            return [heading, *(Text() for _ in range(rows))]
+        edges = [written(max(values), ".3f"), *[""] * (rows - 1)]
+        if min(values) < max(values):
+            edges[-1] = written(min(values), ".3f")
         labels = [(f"{edge:>{LABEL_WIDTH - 1}} ", "dim") for edge in edges]
-        return [heading, *(line(label, *parts) for label, parts in zip(labels, shaded(drawn, _REWARD), strict=True))]
+        drawn = shaded(area(values, room, rows, encoding=self._encoding), _REWARD)
+        return [heading, *(line(label, *parts) for label, parts in zip(labels, drawn, strict=True))]
 
     def _functions(self) -> list[Text]:
         """The means of the reward functions on a line, where there are several."""

@@ -13,11 +13,11 @@ import msgspec
 
 from troupe.dataset import CurriculumConfig
 from troupe.errors import OutputError
-from troupe.messages import Evaluated, PromptText
+from troupe.messages import Evaluated, EvaluatedRow, PromptText
 from troupe.records.layout import RUN_TOML, STORE
 from troupe.records.store import completions
 from troupe.records.store.completions import Key, Piece, Query, StoredCompletion
-from troupe.records.store.evaluations import stored_evaluations
+from troupe.records.store.evaluations import stored_evaluations, stored_rows
 from troupe.records.store.format import DamagedStoreError, connect_to_read, is_in_use, refuse_newer
 from troupe.records.store.glance import Glance, read_glance
 from troupe.records.store.members import StoredMember, stored_members
@@ -191,6 +191,10 @@ class StoredRun:
     def evaluations(self) -> list[Evaluated]:
         """Every evaluation without its rows, by version."""
         return stored_evaluations(self._connection)
+
+    def evaluated_rows(self, version: int, name: str) -> tuple[EvaluatedRow, ...]:
+        """What a version answered to each row of a set; nothing where that is not stored."""
+        return stored_rows(self._connection, version, name)
 
     def members(self) -> list[StoredMember]:
         """Who did work in a process of its own, start by start."""

@@ -95,7 +95,9 @@ function drawHeldOut(x) {
   });
   const format = heldOut.every(({ share }) => share) ? "percent" : "number";
   const about = "Rows that are not trained on, with standard errors.";
-  troupeChart(heldOutPlace, { key: "held_out", title: "Held-out", about, format, series });
+  const until = { step: x.step.at(-1), time: x.time.at(-1), tokens: x.tokens.at(-1) };
+  const min = format === "percent" && heldOut.every(({ y }) => y.length === 1) ? 0 : undefined; // else only its error bar is seen
+  troupeChart(heldOutPlace, { key: "held_out", title: "Held-out", about, format, min, until, series });
 }
 
 // charts that not every run has are there once something of them is measured

@@ -14,7 +14,7 @@ function servedCompletions(about) {
     return response.json();
   };
   return {
-    says: "", ...about,
+    says: "", grows: true, ...about,
     piece: (filter, after) => ask("completions", query(filter, { after })),
     open: ({ gid, sample }) => ask("completion", query({ gid, sample })),
     tokens: ({ gid, sample }) => ask("tokens", query({ gid, sample })),

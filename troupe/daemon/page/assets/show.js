@@ -96,15 +96,14 @@ function showStatus() {
 
 // a tile for each of the first sets
 function showHeldOut() {
-  heldOut.slice(0, HELD_OUT).forEach(({ name, figure: measure, share, step, y, errors }, i) => {
+  heldOut.slice(0, HELD_OUT).forEach(({ name, figure: measure, share, step, y }, i) => {
     const tile = at(`held-out-${i}`);
     const format = share ? "percent" : "number";
-    const error = errors[errors.length - 1];
     tile.hidden = false;
     set(tile.children[0], `${name} ${measure}`);
-    const since = y.length > 1 ? `from ${figure(y[0], format)}` : step[0] ? `at step ${whole(step[0])}` : "before training";
+    const since = y.length > 1 ? `from ${figure(y[0], format)}` : step[0] ? `at step ${whole(step[0])}` : "untrained";
     set(tile.children[1], figure(y[y.length - 1], format));
-    set(tile.children[2], known(error) ? `± ${figure(error, format)}, ${since}` : since);
+    set(tile.children[2], since);
   });
 }
 

@@ -9,9 +9,10 @@
 //   chart.update({ … });          // other data; `troupeChart(element, …)` again does the same
 //
 // Missing values are null: lines have gaps there. Every text is put in as text, never as HTML. Besides the above a spec
-// may have: smooth (the page's smoothing acts on it), min (the y axis reaches at least there), empty (what is said
-// where nothing is measured) and marks ([{ step, time, tokens, label }], dashed verticals); a series run (its button
-// hides that run in all charts), color (1 to 8), dashed, points (a dot at each value) and errors (half widths of bars).
+// may have: smooth (the page's smoothing acts on it), min (the y axis reaches at least there), until ({ step, time,
+// tokens }: so does the x axis), empty (what is said where nothing is measured) and marks ([{ step, time, tokens,
+// label }], dashed verticals); a series run (its button hides that run in all charts), color (1 to 8), dashed, points
+// (a dot at each value) and errors (half widths of bars).
 "use strict";
 
 (() => {

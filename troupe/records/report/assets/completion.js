@@ -3,14 +3,16 @@
 
 const MOST_TOKENS = 20000;
 const COLOURS = {
-  log_probs: { name: "log-prob", about: "pale: likely · strong: unlikely, from −5 nats on", of: (v) => [2, -v / 5] },
-  entropies: { name: "entropy", about: "pale: sure · strong: undecided, from 3 nats on", of: (v) => [4, v / 3] },
+  log_probs: { name: "log-prob", series: 2, about: "from likely to unlikely: −5 nats", of: (v) => [2, -v / 5] },
+  entropies: { name: "entropy", series: 4, about: "from sure to undecided: 3 nats", of: (v) => [4, v / 3] },
   ratios: {
     name: "importance ratio",
-    about: "one colour: likelier when it was learned from · the other: less likely · strong: by a factor of 1.5",
+    series: 3,
+    other: 2,
+    about: "from less likely to likelier to who learned from it, by half",
     of: (v) => [v > 1 ? 3 : 2, v > 0 ? Math.abs(Math.log(v)) / Math.log(1.5) : 1],
   },
-  advantage: { name: "advantage", about: "one colour: above 0 · the other: below · strong: from 2 on", of: (v) => [v > 0 ? 3 : 2, Math.abs(v) / 2] },
+  advantage: { name: "advantage", series: 3, other: 2, about: "from −2 to 2", of: (v) => [v > 0 ? 3 : 2, Math.abs(v) / 2] },
 };
 
 // what would act, or turn a line around, as its escape; lines and tabs stay. `harmless` in Python is the same
@@ -124,8 +126,11 @@ function plainText(body, one) {
 
 function tint(node, name, value) {
   if (!known(value)) return;
-  const [series, share] = COLOURS[name].of(value);
-  node.style.backgroundColor = `color-mix(in srgb, var(--series-${series}) ${Math.round(70 * Math.min(1, Math.max(0, share)))}%, transparent)`;
+  node.style.backgroundColor = shade(...COLOURS[name].of(value));
+}
+
+function shade(series, share) {
+  return `color-mix(in srgb, var(--series-${series}) ${Math.round(70 * Math.min(1, Math.max(0, share)))}%, transparent)`;
 }
 
 // tokens one by one; arrow keys go from one to the next, and what is known of it is read out
@@ -133,7 +138,12 @@ function tokenText(body, tokens, name, one) {
   const pre = anyWay("tokens", body, "");
   pre.tabIndex = 0;
   pre.setAttribute("aria-label", "tokens; left and right go from one to the next");
-  const readout = html("p", "readout small", body, COLOURS[name].about);
+  const scale = html("p", "scale muted small", body);
+  const { series, other, about } = COLOURS[name];
+  for (const share of other ? [1, 0.67, 0.33] : []) html("i", "", scale).style.backgroundColor = shade(other, share);
+  for (const share of [0, 0.33, 0.67, 1]) html("i", "", scale).style.backgroundColor = shade(series, share);
+  html("span", "", scale, about);
+  const readout = html("p", "readout small", body, "Point at a token, or go from one to the next with the arrow keys.");
   readout.setAttribute("role", "status");
   const nodes = tokens.texts.slice(0, MOST_TOKENS).map((text, i) => {
     const node = html("span", "token", pre, visible(text));

@@ -1,12 +1,13 @@
 // The browser of completions: filters, a list that is asked for in pieces, one of them opened, two of them compared. The
 // same for the report, which has some of them in itself, and the live page, which asks its server: see `source`.
 //
-// source: says (what there is, "" for all), rewards (names), folder, and three promises: piece(filter, after) → { rows,
+// source: says (what there is, "" for all), rewards (names), folder, grows (whether more may come), and promises: piece(filter, after) → { rows,
 // after, total, told }, open(row) → the whole one, tokens(one) → { texts, log_probs, … }; file(filter) → { href, name }.
 "use strict";
 
 const A_PIECE = 50;
 const MOST_LISTED = 3000;
+const A_COURSE = 400;
 const TYPING_MS = 250;
 const ORDERS = [
   ["newest", "newest first"],
@@ -31,6 +32,7 @@ function troupeCompletions(parent, source) {
   const controls = html("form", "filters", parent);
   const status = html("p", "muted small found", parent);
   status.setAttribute("role", "status");
+  const course = html("div", "course", parent);
   const columns = html("div", "browse", parent);
   const list = html("div", "listed", columns);
   const opened = html("article", "talk opened", columns);
@@ -43,6 +45,7 @@ function troupeCompletions(parent, source) {
   // ---- asking
 
   async function begin() {
+    course.hidden = true;
     Object.assign(state, { rows: [], after: null, at: -1, asked: state.asked + 1, busy: false });
     list.replaceChildren();
     list.removeAttribute("aria-activedescendant");
@@ -63,14 +66,18 @@ function troupeCompletions(parent, source) {
         if (piece.total !== null && piece.total !== undefined) state.total = piece.total;
         else if (!state.rows.length) state.total = null;
         add(piece.rows);
+        showCourse();
         tell(piece.told);
-      } while (state.after && list.scrollHeight <= list.clientHeight + 40 && state.rows.length < MOST_LISTED);
+      } while (state.after && state.rows.length < MOST_LISTED && wantsMore());
     } catch (error) {
       if (asked === state.asked) status.textContent = error.message;
     } finally {
       if (asked === state.asked) state.busy = false;
     }
   }
+
+  // until the list is filled, and of one prompt so many that one sees their course
+  const wantsMore = () => list.scrollHeight <= list.clientHeight + 40 || (state.filter.row !== undefined && state.rows.length < A_COURSE);
 
   function tell(told) {
     const shown = FORMATS.integer(state.rows.length);
@@ -127,6 +134,22 @@ function troupeCompletions(parent, source) {
     else choose(Math.max(0, Math.min(state.rows.length - 1, to)));
     event.preventDefault();
   });
+
+  // the rewards of all that are listed, where they are of one prompt
+  function showCourse() {
+    course.replaceChildren();
+    course.hidden = state.filter.row === undefined || state.rows.length < 2;
+    if (course.hidden) return;
+    const rewards = state.rows.map((row) => row.reward).filter(known);
+    const [low, high] = [Math.min(0, ...rewards), Math.max(...rewards, 0)];
+    html("span", "muted small", course, `reward of each to row ${state.filter.row}, in this order`);
+    state.rows.forEach((row, i) => {
+      const bar = html("i", known(row.reward) ? "" : "none", course);
+      bar.style.height = `${high > low && known(row.reward) ? 6 + (94 * (row.reward - low)) / (high - low) : 6}%`;
+      bar.title = `step ${FORMATS.integer(row.step)}: ${formatValue(row.reward)}`;
+      bar.addEventListener("click", () => choose(i));
+    });
+  }
 
   // ---- one of them
 
@@ -247,6 +270,7 @@ function troupeCompletions(parent, source) {
   field("state", "group", select([["", "any"], ...STATES.map((name) => [name, name])]));
   field("choice", "order", select(ORDERS));
   button(controls, "Clear", () => set(Object.fromEntries(Object.keys(fields).map((name) => [name, name === "choice" ? "newest" : undefined]))));
+  if (source.grows) button(controls, "Look again", read);
   controls.addEventListener("submit", (event) => event.preventDefault());
   return begin();
 }

@@ -54,9 +54,10 @@ const chartPlot = (() => {
     return chosen.view ? [chosen.view.min, chosen.view.max] : wholeReach(state);
   }
 
-  function wholeReach({ xs }) {
+  function wholeReach({ xs, spec }) {
     if (!xs.length) return [0, 1];
-    const [first, last] = [Math.min(xs[0], AXES[chosen.axis].least ?? Infinity), xs[xs.length - 1]];
+    const first = Math.min(xs[0], AXES[chosen.axis].least ?? Infinity);
+    const last = Math.max(xs[xs.length - 1], (spec.until && spec.until[chosen.axis]) || -Infinity);
     return first === last ? [first - 0.5, last + 0.5] : [first, last];
   }
 
