@@ -270,7 +270,7 @@ def page_compare(folder: Path, browser: Any, path: Path) -> None:
         arguments = ["train", "--max-steps", "90", *settings, "-o", f"runs/lr/{name}"]
         subprocess.run([*command, *arguments], cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
     subprocess.run([*command, "report", "runs/lr"], cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
-    page = browser.new_page(viewport={"width": 1200, "height": 1480})
+    page = browser.new_page(viewport={"width": 1200, "height": 1160})
     page.goto((folder / "compare.html").as_uri())
     page.wait_for_selector("body[data-drawn]")
     page.screenshot(path=path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import random
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from tests.support.plans import Plan, draw_plan
 from tests.support.wiring import Ledger, prepared_run, virtual_factories
 from troupe.checkpoint import Checkpoint, RunState
 from troupe.checkpoint.write import encode_unfinished
-from troupe.messages import CurriculumState, GroupClosed, Snapshot, Unfinished
+from troupe.messages import CurriculumState, Evaluated, GroupClosed, Snapshot, Unfinished
 from troupe.rewards import RewardManager
 from troupe.run.prepare import Prepared
 from troupe.run.resume.newest import restored_free, restored_pinned
@@ -163,7 +164,7 @@ def drive(seed: int, starts: int = STARTS, *, curriculum: bool = False) -> None:
 
 def _drive(plan: Plan, folder: Path, dice: random.Random, starts: int) -> None:
     whole = _start(plan.calm(), folder, None) if plan.is_reproducible else None
-    store, cut = Store(), None
+    store, cut, told = Store(), None, list[Evaluated]()
     for number in range(starts):
         length_s = plan.delay_s * plan.steps * 4
         requests = [(dice.random() * length_s, "checkpoint") for _ in range(dice.choice([0, 2, 5, 9]))]
@@ -178,21 +179,36 @@ def _drive(plan: Plan, folder: Path, dice: random.Random, starts: int) -> None:
             now = msgspec.structs.replace(now, max_staleness=dice.randint(0, 3))
             if not last:
                 now = msgspec.structs.replace(now, steps=dice.randint(max(1, cut.version), plan.steps))
-        start = _start(now, folder, cut)
+        start = _start(now, folder, cut, told)
         if last or (start.chaos.cuts and dice.random() < 0.9):
             if last:
                 store.go_on(start.ledger.ends, plan.steps)
                 break
             cut = start.chaos.cuts[-1] if stops else dice.choice(start.chaos.cuts)
             store.go_on(start.ledger.ends, cut.version)
+            told = known_at(start.evaluated, cut, dice)
         elif cut is not None:
             store.go_on([], cut.version)
     check(plan, store)
+    if every := plan.evaluate_every:
+        versions = [each.version for each in start.evaluated]
+        assert {*range(0, plan.steps + 1, every), plan.steps} <= set(versions), "an evaluation was lost"
     if whole is not None:
+        values = {each.version: each.metrics for each in start.evaluated}
+        assert {each.version: values[each.version] for each in whole.evaluated} == {
+            each.version: each.metrics for each in whole.evaluated
+        }
         assert start.weights == whole.weights
         straight = Store()
         straight.go_on(whole.ledger.ends, plan.steps)
         assert store.by_step() == straight.by_step()
+
+
+def known_at(evaluated: Sequence[Evaluated], cut: Cut, dice: random.Random) -> list[Evaluated]:
+    """What a kill after a cut leaves in the file: perhaps not what was under way when the cut was made."""
+    under_way = {cut.version, *cut.behind}
+    done = [each for each in evaluated if each.version <= cut.version]
+    return [each for each in done if each.version not in under_way or dice.random() < 0.5]
 
 
 class Start(NamedTuple):
@@ -202,21 +218,25 @@ class Start(NamedTuple):
     ledger: StartLedger
     weights: bytes
     steps: int
+    evaluated: tuple[Evaluated, ...]
 
 
-def _start(plan: Plan, folder: Path, cut: Cut | None) -> Start:
+def _start(plan: Plan, folder: Path, cut: Cut | None, told: Sequence[Evaluated] = ()) -> Start:
     config = config_of(plan, Path(mkdtemp(dir=folder)))
     chaos = CutChaos(plan)
     rewards = rewards_of(chaos)
     prepared = prepared_run(config, RewardManager(rewards, config=config.rewards), plan.rows)
     if cut is not None:
         prepared = resumed(prepared, cut)
+        start = msgspec.structs.replace(prepared.start, evaluated=tuple(told))
+        prepared = msgspec.structs.replace(prepared, start=start)
     ledger = StartLedger((plan.max_staleness + 1) * plan.prompts, prepared)
     run = Supervisor(config, factories=virtual_factories(prepared, chaos, ledger))
     with seeded(plan.seed):
         report = virtual_time.run(perform, run, chaos, ledger, rewards[0])
     assert not ledger.broken, ledger.broken
-    return Start(chaos, ledger, report.weights, report.steps)
+    evaluated = run._pipeline.ledgers.evaluations.results
+    return Start(chaos, ledger, report.weights, report.steps, evaluated)
 
 
 def check(plan: Plan, store: Store) -> None:

@@ -23,8 +23,10 @@ def make_evaluator(
     if wiring.evaluating is None:
         return None
     report = wiring.reporters["evaluator"]
-    config, policy, device = prepared.config, prepared.start.policy, ledgers.devices["generator"]
-    acting, tokenizer = prepared.inputs.acting_setup, policy.tokenizer
+    config, device = prepared.config, ledgers.devices["generator"]
+    acting, held_out = prepared.inputs.acting_setup, prepared.inputs.sets
+    policy = prepared.start.policy.having({})  # not to keep the weights that the run begins with
+    tokenizer, opened = policy.tokenizer, partial(opened_thought, policy.tokenizer)
 
     def decoder(of: EvalSet) -> Decoder:
         generation = of.settings.generation(config.generation)
@@ -41,10 +43,7 @@ def make_evaluator(
         )
 
     def sets() -> list[SetWork]:
-        opened = partial(opened_thought, tokenizer)
-        return [
-            SetWork(of, RowPrompts(of, number, opened), decoder(of)) for number, of in enumerate(prepared.inputs.sets)
-        ]
+        return [SetWork(of, RowPrompts(of, number, opened), decoder(of)) for number, of in enumerate(held_out)]
 
     return partial(
         Evaluator,

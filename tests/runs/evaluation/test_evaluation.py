@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -127,6 +128,18 @@ def test_a_stop_amid_an_evaluation_loses_none_of_it(tmp_path: Path, ragged_model
     train_again(ragged_model, tmp_path, weigh_ids, settings)
     assert timeless(tmp_path / "run") == timeless(whole.folder)
     assert same_bits(policy_of(tmp_path / "run"), policy_of(whole.folder))
+
+
+@pytest.mark.anyio
+async def test_weights_are_let_go_of_when_they_are_evaluated(tmp_path: Path, ragged_model: Path) -> None:
+    settings = evaluated(tmp_path, every=0, learner__max_steps=4)
+    async with Supervisor(tiny_config(ragged_model, tmp_path, **settings), [weigh_ids]) as run:
+        begun = {id(array) for array in run._pipeline.learner.weights.values()}
+        async for update in run.updates():
+            if update.step == 3:
+                gc.collect()
+                dicts = [each for each in gc.get_objects() if isinstance(each, dict)]
+                assert not [each for each in dicts if begun <= {id(value) for value in each.values()}]
 
 
 @pytest.mark.slow
