@@ -105,8 +105,8 @@ class Numbers(click.ParamType):  # type: ignore[type-arg]
     "models",
     multiple=True,
     metavar="MODEL_DIR",
-    help="Hugging Face folder, or a run folder; may be repeated: all are compared with the first; default: the "
-    "adapter's base, or the demo's policy.",
+    help="Hugging Face folder, a run folder, or RUN@STEP or RUN@best; may be repeated: all are compared with the "
+    "first; default: the adapter's base, or the demo's policy.",
 )
 @click.option("--adapter", metavar="ADAPTER_DIR", help="Adapter beside the model: a run's, PEFT's or mlx-lm's.")
 @click.option(
