@@ -33,8 +33,9 @@ import troupe  # noqa: F401 - before MLX, so that OpenBLAS is loaded first
 
 # isort: split
 import click
+from rich.color import parse_rgb_hex
 from rich.console import Console
-from rich.terminal_theme import MONOKAI
+from rich.terminal_theme import TerminalTheme
 from rich.text import Text
 
 from troupe.cli.demo import DEMO_CONFIG
@@ -69,6 +70,20 @@ async def my_judge(completions, answer, **columns):
     writer.close()
     return exact_answer_reward(completions, answer=answer)
 '''
+
+
+def colours(told: str) -> list[tuple[int, int, int]]:
+    """Colours that are told in hexadecimal digits."""
+    return [parse_rgb_hex(colour) for colour in told.split()]
+
+
+THEME = TerminalTheme(
+    (24, 26, 31),
+    (210, 212, 216),
+    colours("1e1e1e e05a5a 5abe6e d6aa50 5a8cf0 be78dc 50bec8 c8c8c8"),
+    colours("6e6e6e ff7878 82dc96 f0c86e 82aaff dc96fa 78dce6 ffffff"),
+)
+"""Background, letters, and the eight colours of a terminal, plain and bright."""
 SVG = """<svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg">
 <style>
 .{unique_id}-matrix {{ font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace;
@@ -169,13 +184,15 @@ def training(folder: Path, *flags: str) -> Iterator[Terminal]:
 
 
 def held_out(folder: Path) -> str:
-    """The first seconds of a run: held-out rows are answered before anything is learned."""
+    """The first seconds of a run: held-out rows are answered beside the first steps."""
     dice = random.Random(0)
     pairs = [(dice.randrange(100), dice.randrange(100)) for _ in range(8000)]
     rows = [{"prompt": f"{one}+{other}=", "answer": str(one + other)} for one, other in pairs]
     (folder / "held-out.json").write_text(json.dumps(rows), encoding="utf-8")
     with training(folder, "--set", "data.eval_path=held-out.json") as terminal:
-        return terminal.wait_for(lambda text: "held-out rows " in text and "held-out rows 0 " not in text)
+        return terminal.wait_for(
+            lambda text: "evaluating held_out" in text and re.search(r"rows [1-9]", text) is not None
+        )
 
 
 def first_generation(folder: Path) -> str:
@@ -244,11 +261,26 @@ def page_report(folder: Path, browser: Any, path: Path) -> None:
     page.screenshot(path=path)
 
 
+def page_compare(folder: Path, browser: Any, path: Path) -> None:
+    """Three seeds of the demo and one of a rate that is far too high, on one page."""
+    command = [sys.executable, "-m", "troupe"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    runs = {f"seed-{seed}": ["--seed", str(seed)] for seed in (1, 2, 3)} | {"hot": ["--set", "learner.lr=5e-3"]}
+    for name, settings in runs.items():
+        arguments = ["train", "--max-steps", "90", *settings, "-o", f"runs/lr/{name}"]
+        subprocess.run([*command, *arguments], cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*command, "report", "runs/lr"], cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
+    page = browser.new_page(viewport={"width": 1200, "height": 1160})
+    page.goto((folder / "compare.html").as_uri())
+    page.wait_for_selector("body[data-drawn]")
+    page.screenshot(path=path)
+
+
 def page_live(folder: Path, browser: Any, path: Path) -> None:
     """The live page of the demo amid its steps."""
     command = [sys.executable, "-m", "troupe", "daemon", str(DEMO_CONFIG), "-o", "runs/sums", "--page"]
     process = subprocess.Popen(
-        [*command, "--set", "learner.max_steps=400"],
+        [*command, "--set", "learner.max_steps=400", "--set", "evaluation.every=20"],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
@@ -270,7 +302,11 @@ def page_live(folder: Path, browser: Any, path: Path) -> None:
         process.communicate()
 
 
-PAGES: dict[str, Callable[[Path, Any, Path], None]] = {"page-report": page_report, "page-live": page_live}
+PAGES: dict[str, Callable[[Path, Any, Path], None]] = {
+    "page-report": page_report,
+    "page-compare": page_compare,
+    "page-live": page_live,
+}
 
 
 def as_svg(text: str, name: str) -> str:
@@ -279,7 +315,7 @@ def as_svg(text: str, name: str) -> str:
         console = Console(width=COLUMNS, record=True, file=nowhere, force_terminal=True, color_system="truecolor")
         lines = [*text.rstrip("\n").split("\n"), *[""] * ROWS][:ROWS]
         console.print(Text.from_ansi("\n".join(lines)), no_wrap=True, crop=True)
-        return console.export_svg(title="troupe train", theme=MONOKAI, code_format=SVG, unique_id=name)
+        return console.export_svg(title="troupe train", theme=THEME, code_format=SVG, unique_id=name)
 
 
 @click.command()

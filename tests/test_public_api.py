@@ -17,6 +17,7 @@ CONTRACT = {
         "RunResult",
         "Supervisor",
         "TroupeError",
+        "diagnose",
         "generate_and_score",
         "load_config",
         "train",

@@ -18,9 +18,10 @@ if linux_cpu.load_openblas() == "too late":  # must run before anything imports 
 
 if TYPE_CHECKING:
     from troupe.errors import TroupeError
+    from troupe.records.diagnosis.past import diagnose
     from troupe.rewards import RewardActor, RewardSample
     from troupe.run.config import RunConfig, load_config
-    from troupe.run.evaluate import generate_and_score
+    from troupe.run.one_step import generate_and_score
     from troupe.run.result import RunResult
     from troupe.run.supervisor import Supervisor, train
 
@@ -36,6 +37,7 @@ __all__ = [
     "RunResult",
     "Supervisor",
     "TroupeError",
+    "diagnose",
     "generate_and_score",
     "load_config",
     "train",
@@ -48,7 +50,8 @@ _HOMES = {
     "RunResult": "run.result",
     "Supervisor": "run.supervisor",
     "TroupeError": "errors",
-    "generate_and_score": "run.evaluate",
+    "diagnose": "records.diagnosis.past",
+    "generate_and_score": "run.one_step",
     "load_config": "run.config",
     "train": "run.supervisor",
 }

@@ -301,3 +301,18 @@ async def test_a_step_of_a_thousand_spans_costs_little(tmp_path: Path) -> None:
         costs_s.append(time.perf_counter() - start_s)
     await metrics.finish()
     assert min(costs_s) < 0.3
+
+
+async def test_findings_come_with_the_step_and_a_step_that_comes_once_more_counts_once() -> None:
+    sink, times = FakeSink(), 40
+    rig = Rig(sink)
+    figures = {"reward": 0.0, "reward_std": 0.0, "frac_reward_zero_std": 1.0}
+    steps = [Update(step=step, version=step, total_steps=99, metrics=figures) for step in range(1, times)]
+    await rig.run(*(update for update in steps for _ in range(2)))
+    updates = [message for message in told(sink) if isinstance(message, Update)]
+    begun = next(update for update in updates if update.findings)
+    assert begun.step == 32
+    assert begun.findings[0].rule == "no_signal"
+    assert begun.findings[0].since == 28
+    assert begun.metrics["diagnosis/no_signal"] == 1.0
+    assert rig.tally.diagnosis.findings == updates[-1].findings

@@ -14,7 +14,7 @@ from tests.support.fakes import make_scored
 from tests.support.tiny import CONFIG
 from troupe.checkpoint import Checkpoint, RewardState, RunState
 from troupe.grpo import adamw_init
-from troupe.messages import OpenGroup, Past, ScoredGroup, Slot, Unfinished
+from troupe.messages import CurriculumState, OpenGroup, Past, RowRecord, ScoredGroup, Slot, StepRows, Unfinished
 from troupe.policy import Weights, init_weights
 
 ARRAYS = {
@@ -103,6 +103,13 @@ def whole(version: int) -> Checkpoint:
         ),
         reference=weights(version + 50),
         unfinished=under_way(),
+        curriculum=CurriculumState(
+            records=(RowRecord(row=3, pool="easy", turn=2, visits=4, rates=(0.5, 1.0), step=1),),
+            chosen=(StepRows(step=version, rows=(3, 1), replacements=(0, 2)),),
+            away=(1, 3),
+            turns={"easy": 1, "normal": 0},
+            end=9,
+        ),
     )
 
 
@@ -132,7 +139,7 @@ def assert_same_arrays(a: Any, b: Any) -> None:
 
 def assert_same(a: Checkpoint, b: Checkpoint) -> None:
     """The same in all, bit for bit."""
-    assert (a.config, a.state) == (b.config, b.state)
+    assert (a.config, a.state, a.curriculum) == (b.config, b.state, b.curriculum)
     assert without_prompts(a.unfinished) == without_prompts(b.unfinished)
     assert list(a.weights) == list(b.weights)  # sums over all weights add in this order
     assert_same_arrays(a.weights, b.weights)

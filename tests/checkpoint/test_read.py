@@ -39,6 +39,7 @@ FILES = (
     "model.safetensors",
     "optimizer.safetensors",
     "reference.safetensors",
+    "rows.msgpack",
     "state.json",
     "unfinished.msgpack",
 )
@@ -316,7 +317,7 @@ def test_a_disk_that_errs_has_damaged_the_file(run: Path, monkeypatch: pytest.Mo
     assert_same(intact, made(1))
 
 
-@pytest.mark.parametrize("name", ["config.json", "state.json", "unfinished.msgpack"])
+@pytest.mark.parametrize("name", ["config.json", "state.json", "unfinished.msgpack", "rows.msgpack"])
 def test_small_files_too_may_be_readable_later(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     listed = reading_room.verify_manifest(folder)
     monkeypatch.setattr(reading_room, "verify_manifest", lambda path: listed)

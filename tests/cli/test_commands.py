@@ -107,7 +107,7 @@ def refused(*arguments: str) -> str:
         (("grpo",), "No such command 'grpo'; it is troupe train here"),
         (("trian",), "No such command 'trian'; it is troupe train here"),
         (("run.toml",), "it is troupe train run.toml here"),
-        (("foo",), "No such command 'foo'; there are checkpoint, cluster, daemon, "),
+        (("foo",), "No such command 'foo'; there are checkpoint, cluster, compare, daemon, "),
         (("train", "--set", "lr=1"), "--set lr=1: unknown key lr; it is learner.lr here"),
         (("train", "--set", "learner.learning_rate=1"), "unknown key learner.learning_rate; it is learner.lr here"),
         (("train", "--set", "use_vllm=true"), "unknown key use_vllm; there is none here: Troupe generates itself"),

@@ -126,3 +126,4 @@ def test_the_demo_teaches_to_carry(tmp_path: Path) -> None:
     assert result.accuracy_after is not None
     assert 0.2 <= result.accuracy_before <= 0.5
     assert result.accuracy_after >= 0.9
+    assert result.findings == (), "nothing is wrong with it"

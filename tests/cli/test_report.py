@@ -27,7 +27,7 @@ def run(*arguments: object, code: int = 0) -> str:
 def test_the_page_lies_in_the_run_folder(tmp_path: Path) -> None:
     make_run(tmp_path, 2)
     assert run(tmp_path) == f"{tmp_path / 'report.html'}\n"
-    assert Page((tmp_path / "report.html").read_text()).data["x"] == [1, 2]
+    assert Page((tmp_path / "report.html").read_text()).data["axes"][0]["step"] == [1, 2]
     assert run(tmp_path) == f"{tmp_path / 'report.html'}\n"  # once more, over the old one
     assert not list(tmp_path.glob(".writing-*"))
 

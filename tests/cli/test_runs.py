@@ -16,7 +16,7 @@ from troupe.records.compare.listing import ListedRun
 
 
 def run(*arguments: object, code: int = 0, columns: int | None = None) -> str:
-    env = {} if columns is None else {"COLUMNS": str(columns)}
+    env = {"COLUMNS": None if columns is None else str(columns)}
     result = CliRunner().invoke(main, ["runs", *map(str, arguments)], env=env)
     assert result.exit_code == code, result.output
     return result.output
@@ -32,8 +32,8 @@ def folder(tmp_path: Path) -> Path:
 
 def test_a_table_of_them(folder: Path) -> None:
     title, sums, kind = run(folder).splitlines()
-    assert title.split() == ["run", "state", "steps", "reward", "held-out", "when", "took", "model", "seed"]
-    assert sums.startswith("sums \\x1b[2J  crashed    6/12  0.1 → 0.6")
+    assert title.split() == ["run", "state", "steps", "reward", "trend", "held-out", "when", "took", "model", "seed"]
+    assert sums.startswith("sums \\x1b[2J  crashed    6/12  0.1 → 0.6  ▁▁▂▂▄▄▅▅▇▇██")
     assert kind.startswith("kind")
     assert "20.0 % → 90.0 %" in kind
 

@@ -7,8 +7,10 @@ import pytest
 
 from tests.daemon.control.test_protocol import STATUS
 from tests.records.members import ALONE, CROWD, STUDIO
-from troupe.cli.status import describe, duration, headline
-from troupe.messages import Activity, LiveGroup, Restarting, Slot
+from troupe.cli.status import Past, describe, describe_past, duration, headline
+from troupe.messages import Activity, Finding, LiveGroup, Restarting, Slot
+from troupe.records.held_out import HeldOut
+from troupe.records.trend import trend_of
 
 
 def group(owner: str, *, waiting: bool = False, age_s: float = 1.0) -> LiveGroup:
@@ -34,16 +36,34 @@ def test_everything_that_is_known_is_shown() -> None:
     assert describe(status, "runs/kind").splitlines() == [
         "runs/kind: restarting, step 3 of 10 (30%)",
         "  restarting    start 2 of 5 in 7 s; it ended by SIGKILL: no memory",
-        "  newest step   reward 0.5312  loss -0.0010  kl 0.5000  grad_norm 1.000  learning_rate 1.00e-06",
-        "                step_time 2.50",
-        "  reward        kind 0.7500",
         "  held          judge is down",
         "  down          judge: no answer",
+        "  incidents     2 reward_error",
+        "  newest step   reward 0.5312  loss -0.0010  kl 0.5000  grad_norm 1.000  learning_rate 1.00e-06",
+        "                step_time 2.50",
+        "  rewards       kind 0.7500",
         "  groups        3 alive: generator 1, scorer 2 (1 waiting); the oldest is 1 min 15 s old",
         "  scorer        judge for 1.5 s",
         "  new actors    1 scorer",
-        "  incidents     2 reward_error",
     ]
+
+
+def test_the_way_of_the_reward_and_what_is_wrong() -> None:
+    finding = Finding(rule="r", title="nothing to learn", since=2, evidence="all are equal", remedy="--set a.b=1")
+    status = msgspec.structs.replace(STATUS, findings=(finding,))
+    trend, held_out = trend_of([(1, 0.0), (2, 0.5), (3, 1.0)]), HeldOut()
+    lines = describe(status, "o", Past(reward=trend)).splitlines()
+    assert "  diagnosis     nothing to learn: all are equal (since step 2); try --set a.b=1" in lines
+    assert "  reward        0.0000 → 1.0000  ▁▅█  steps 1 to 3" in lines
+    assert "  reward        0.0000 -> 1.0000  .:#  steps 1 to 3" in describe(
+        status, "o", Past(reward=trend, encoding="ascii")
+    )
+    held_out.add(7, "hard", {"eval/hard/accuracy": 0.5})
+    assert describe_past(Past(reward=trend_of([(7, 0.25)]), held_out=held_out)) == [
+        "  reward        0.2500",
+        "  held-out      hard  accuracy 50.0% at step 7",
+    ]
+    assert describe_past(Past()) == []
 
 
 def test_what_is_not_known_is_left_out() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,12 +23,11 @@ from tests.support.fakes import same_bits, tiny_config, write_prompts, write_rag
 from troupe.checkpoint import list_checkpoints, load_checkpoint
 from troupe.cli.config import train_config
 from troupe.cli.demo import DEMO_CONFIG
-from troupe.cli.evaluate import evaluate_aloud
+from troupe.cli.evaluate import aloud
 from troupe.cli.main import main
 from troupe.cli.train import describe_plan, run_in_terminal, tell_result
 from troupe.policy import load_policy
 from troupe.run.config import config_table, load_config
-from troupe.run.evaluate import Evaluation
 from troupe.run.prepare import prepare
 from troupe.run.result import RunResult
 from troupe.run.status import Progress
@@ -388,11 +388,11 @@ def test_generate_speaks_with_the_demo_s_policy() -> None:
 def test_eval(workplace: Path) -> None:
     flags = ("eval", "-m", "m", "-d", "p.json", "--max-new-tokens", "5")
     figures = json.loads(done(*flags, "--json", "--reward", "length"))
-    assert figures.keys() == {"rows", "accuracy", "rewards", "wall_s"}
+    assert figures.keys() == {"rows", "accuracy", "rewards", "figures", "wall_s"}
     assert (figures["rows"], figures["accuracy"], list(figures["rewards"])) == (5, 0.0, ["length_reward"])
     text = done(*flags).splitlines()
     assert text[0].startswith("5 rows in ")
-    assert text[1:] == ["accuracy 0.0%", "exact_answer_reward 0.0000"]
+    assert text[1:3] == ["accuracy 0.0% ± 0.0%", "exact_answer_reward 0.0000"]
     assert call("eval", "-m", "m", "-d", "gone.json").exit_code == 2
 
 
@@ -414,17 +414,20 @@ def test_help_and_version() -> None:
 
 def test_an_evaluation_that_takes_long_says_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     """On stderr, so that what is printed stays what it is."""
-    found = Evaluation(rows=5, accuracy=None, rewards={}, completions=())
 
-    async def evaluate(progress: Progress) -> Evaluation:
-        progress.done = progress.total = 5
-        await anyio.sleep(0.05)
-        return found
+    async def evaluate(progress: Progress) -> str:
+        with progress.at("evaluating"):
+            for done in range(1, 6):
+                progress.done, progress.total = done, 100
+                await anyio.sleep(0.05)
+        return "found"
 
-    assert anyio.run(evaluate_aloud, evaluate, 0.01) is found
+    assert anyio.run(aloud, evaluate, 0.01) == "found"
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "evaluating 5 / 5" in captured.err.splitlines()
+    lines = captured.err.splitlines()
+    assert lines[0] == "evaluating 1 / 100"
+    assert any(re.fullmatch(r"evaluating [2-5] / 100, about .+ left", line) for line in lines)
 
 
 @pytest.mark.parametrize(("silent_s", "said"), [(0.0, True), (1000.0, False)])

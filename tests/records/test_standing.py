@@ -66,6 +66,15 @@ def test_a_run_that_has_a_summary(run: Path, step: int, fate: str, described: st
     assert describe_standing(found) == described.replace("RUN", str(run))
 
 
+def test_a_run_that_got_no_better_is_over_before_its_last_step(run: Path) -> None:
+    add_checkpoint(run, 40)
+    why = "eval/sums/accuracy was 0.5 at best"
+    (run / "summary.json").write_text(json.dumps({"steps": 40, "total_steps": 100, "stopped_early": why}))
+    found = read_standing(run)
+    assert (found.fate, found.step) == ("complete", 40)
+    assert describe_standing(found) == f"complete: 40 of 100 steps; it ended early: {why}"
+
+
 def test_a_run_that_a_daemon_kept_is_gone_on_with_by_one(run: Path) -> None:
     (run / "daemon.log").write_text("")
     add_checkpoint(run, 40)

@@ -66,7 +66,7 @@ def test_every_shipped_toml_loads(path: Path) -> None:
         ("lerner.lr=1", "unknown key lerner; did you mean learner?"),
         (
             "foo=1",
-            "unknown key foo; known keys here: adapter, checkpoint, cluster, daemon, data, environment, generation, ",
+            "unknown key foo; known keys here: adapter, checkpoint, cluster, curriculum, daemon, data, environment, ",
         ),
         ("learner=3", "learner is 3: expected a table, got int"),
         ("learner.lr={peak=1.0}", "learner.lr: expected float, got a table"),

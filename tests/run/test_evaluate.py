@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from tests.support.fakes import weigh_ids, write_ragged_model
-from troupe.dataset import PromptDataset
-from troupe.errors import DatasetError, RewardError
+from troupe.errors import ConfigError, DatasetError, RewardError
+from troupe.messages import EvaluatedRow
 from troupe.policy import GenerationConfig, RolloutEngine, RolloutRequest, load_policy
-from troupe.rewards import RewardManager, RewardsConfig
-from troupe.run.evaluate import evaluate, evaluate_folder, generate_and_score
-from troupe.runtime.device import DeviceThread
+from troupe.rewards import RewardsConfig
+from troupe.run.evaluate import answer, ask, evaluate_folder
+from troupe.run.one_step import generate_and_score
 
 pytestmark = pytest.mark.anyio
 GENERATION = GenerationConfig(num_generations=3, max_completion_length=10)
@@ -132,73 +132,64 @@ async def test_greedy_evaluation_equals_the_argmax_of_the_uncached_model(tmp_pat
     assert result.rewards == {"exact_answer_reward": pytest.approx(2 / 3)}
 
 
-async def test_rows_without_an_answer_do_not_count_in_the_accuracy(ragged_model: Path) -> None:
-    policy = load_policy(ragged_model)
-    ids = [(97,), (98,)]
-    generation = GenerationConfig(temperature=0.0, max_completion_length=3)
+def rows_file(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+async def test_rows_without_an_answer_do_not_count_in_the_accuracy(tmp_path: Path, ragged_model: Path) -> None:
     rows: list[dict[str, Any]] = [{"prompt": "a", "answer": None}, {"prompt": "b", "answer": None}]
-    async with DeviceThread("test") as device:
-
-        async def accuracy() -> tuple[float | None, tuple[str, ...]]:
-            dataset = PromptDataset.from_rows(rows)
-            result = await evaluate(policy, dataset, ids, generation=generation, device=device)
-            return result.accuracy, result.completions
-
-        none, texts = await accuracy()
-        assert none is None
-        rows[1]["answer"] = texts[1]
-        assert (await accuracy())[0] == 1.0
+    none = await evaluate_folder(ragged_model, rows_file(tmp_path, rows), max_completion_length=3)
+    assert none.accuracy is None
+    rows[1]["answer"] = none.completions[1]
+    again = await evaluate_folder(ragged_model, rows_file(tmp_path, rows), max_completion_length=3)
+    assert again.accuracy == 1.0
 
 
-async def test_rows_past_one_chunk_are_the_same_and_faults_are_told(ragged_model: Path) -> None:
-    policy = load_policy(ragged_model)
-    dataset = PromptDataset.from_rows([{"prompt": "abcde"[: 1 + i % 5], "n": i} for i in range(7)])
-    ids = [tuple(row.prompt.encode()) for row in dataset if isinstance(row.prompt, str)]
+def by_number(completions: list[str], n: list[int], **_: Any) -> list[float]:
+    if 6 in n:
+        raise ValueError("seven is too many")
+    return [float(i) for i in n]
 
-    def by_number(completions: list[str], n: list[int], **_: Any) -> list[float]:
-        if 6 in n:
-            raise ValueError("seven is too many")
-        return [float(i) for i in n]
 
-    results = []
-    for rows in (128, 3):
-        async with DeviceThread("test") as device:
-            results.append(
-                await evaluate(
-                    policy,
-                    dataset,
-                    ids,
-                    generation=GenerationConfig(temperature=0.0, max_completion_length=8),
-                    device=device,
-                    rewards=RewardManager([by_number], config=RewardsConfig(retries=0)),
-                    rows_at_once=rows,
-                )
-            )
-    whole, chunked = results
-    assert whole.completions == chunked.completions
+async def test_samples_are_the_same_wherever_it_goes_on_and_faults_are_told(tmp_path: Path, ragged_model: Path) -> None:
+    path = rows_file(tmp_path, [{"prompt": "abcde"[: 1 + i % 5], "n": i} for i in range(7)])
+    generation = GenerationConfig(temperature=1.0, max_completion_length=8)
+    scoring = RewardsConfig(retries=0)
+    questions = await ask(path, [by_number], generation=generation, scoring=scoring, num_samples=50)
+    told: list[EvaluatedRow] = []
+    whole = await answer(ragged_model, questions, each=told.extend)
+    assert tuple(told) == whole.table
+    assert len(set(whole.completions[:50])) > 1
+    rest = await answer(ragged_model, questions, done=whole.table[:4])
+    assert rest.table == whole.table
     assert whole.accuracy is None
-    for result in results:
-        assert result.rewards["by_number"] == pytest.approx((0 + 1 + 2 + 3 + 4 + 5) / 6), "row 6 alone is missing"
+    assert whole.rewards["by_number"] == pytest.approx((0 + 1 + 2 + 3 + 4 + 5) / 6), "row 6 alone is missing"
+    assert whole.figures["missing"] == pytest.approx(1 / 7)
+    for result in (whole, rest):
         assert [(incident.kind, incident.gid) for incident in result.incidents] == [("reward_error", 6)]
+    gone = await answer(tmp_path / "gone", questions, done=whole.table)
+    assert gone.figures == whole.figures
 
 
-async def test_a_column_may_have_the_name_of_any_internal_argument(ragged_model: Path) -> None:
-    policy = load_policy(ragged_model)
-    dataset = PromptDataset.from_rows([{"prompt": "ab", "gid": 5, "trainer": 6, "rewards": 7}])
-
+async def test_a_column_may_have_the_name_of_any_internal_argument(tmp_path: Path, ragged_model: Path) -> None:
     def by_gid(completions: list[str], gid: list[int], **_: Any) -> list[float]:
         return [float(number) for number in gid]
 
-    async with DeviceThread("test") as device:
-        result = await evaluate(
-            policy,
-            dataset,
-            [tuple(b"ab")],
-            generation=GenerationConfig(temperature=0.0, max_completion_length=2),
-            device=device,
-            rewards=RewardManager([by_gid]),
-        )
+    path = rows_file(tmp_path, [{"prompt": "ab", "gid": 5, "trainer": 6, "rewards": 7}])
+    result = await evaluate_folder(ragged_model, path, [by_gid], max_completion_length=2)
     assert result.rewards == {"by_gid": 5.0}
+
+
+async def test_several_samples_want_a_temperature_and_a_limit_takes_the_first_rows(
+    tmp_path: Path, ragged_model: Path
+) -> None:
+    path = rows_file(tmp_path, [{"prompt": text, "answer": "1"} for text in "abc"])
+    with pytest.raises(ConfigError, match="2 samples a row at temperature 0 are all alike"):
+        await evaluate_folder(ragged_model, path, num_samples=2)
+    result = await evaluate_folder(ragged_model, path, num_samples=2, temperature=1.0, limit=2, max_completion_length=2)
+    assert [(row.row, row.prompt, len(row.samples)) for row in result.table] == [(0, "a", 2), (1, "b", 2)]
 
 
 async def test_evaluation_without_answers_needs_a_reward(tmp_path: Path, ragged_model: Path) -> None:

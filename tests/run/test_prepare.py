@@ -110,6 +110,11 @@ def test_a_config_file(workplace: Workplace, toml: str, message: str) -> None:
         ([*BASE, "-o", "p.json/out"], "p.json/out: the output folder cannot be written"),
         ([*BASE, "-o", "m"], "m: the output folder is not empty; add --resume"),
         ([*BASE, "--set", "data.eval_path='none.json'"], "none.json: no such file"),
+        ([*BASE, "--set", "curriculum.hard_threshold=0.9"], "must be below curriculum.easy_threshold (0.8)"),
+        (
+            [*BASE, "--set", "curriculum.enabled=true", "--set", "curriculum.reward=sum"],
+            "curriculum.reward is 'sum', but the run's rewards are ",
+        ),
         (
             [*BASE, "--set", "data.max_prompt_tokens=2"],
             "p.json:1: the prompt has 3 tokens, data.max_prompt_tokens allows 2; shorten",

@@ -220,6 +220,19 @@ async def test_what_the_actors_are_at_is_read_off_their_spans() -> None:
         assert getattr(of_actors(actors, now_s, 512), "text", None) == "starting the generator"
 
 
+class Evaluating(Working):
+    activity, progress = "evaluating held_out of step 3", "rows 37 / 400"
+
+
+async def test_how_far_each_is_does_not_change_what_it_is_at() -> None:
+    generator, evaluator = Generating("generator"), Evaluating("evaluator")
+    with generator.report.span("generate", step=3), evaluator.report.span("evaluate held_out", step=3):
+        told = of_actors([generator, evaluator], 0.0, 512)
+    assert told is not None
+    assert told.what == "generating step 4, evaluating held_out of step 3"
+    assert told.detail == ": 113 of at most 512 tokens, rows 37 / 400"
+
+
 async def test_a_wait_for_an_environment_is_told_when_it_lasts() -> None:
     environment, generator = Working("environment"), Generating("generator")
     actors = [generator, environment]
@@ -302,21 +315,17 @@ async def test_a_judge_that_does_not_listen_is_told_of_before_the_first_step(
         await until(lambda: (now := run.status().activity) is not None and now.waiting)
         now = run.status().activity
         assert now is not None
-        assert run.status().phase == "starting"
         run.stop()
     assert now.what == "waiting for reward my_judge"
     assert " tries, " in now.detail or "(1 try, " in now.detail
-    assert "; held-out rows 5 / 5" in now.detail
+    assert "evaluating held_out of step 0" in now.detail
+    assert "rows " in now.detail
 
 
 async def test_faults_of_held_out_rows_are_stored_and_told_when_they_happen(tmp_path: Path, ragged_model: Path) -> None:
-    calls, heard = 0, list[Incident]()
+    heard = list[Incident]()
 
     async def broken(completions: list[str], **_: Any) -> list[float]:
-        nonlocal calls
-        calls += 1
-        if calls == 5:
-            await anyio.sleep_forever()
         raise OSError("no route")
 
     held_out = write_prompts(tmp_path / "held-out.json", rows=5)
@@ -327,15 +336,17 @@ async def test_faults_of_held_out_rows_are_stored_and_told_when_they_happen(tmp_
             heard.extend([incident async for incident in run.incidents()])
 
         tasks.start_soon(listen)
-        await until(lambda: (run.folder / "run.sqlite").exists() and len(_stored(run.folder)) == 4)
-        assert run.status().phase == "starting"
-        assert run.status().incidents == {"reward_error": 4}
+        await until(lambda: (run.folder / "run.sqlite").exists() and len(_of_rows(run.folder)) == 5)
         run.stop()
-    stored = _stored(run.folder)
-    assert [(kind, step, gid) for kind, _, step, gid in stored] == [("reward_error", 0, None)] * 4
-    assert all(message.startswith("held-out rows: reward broken: OSError: no route") for _, message, _, _ in stored)
-    assert [incident.message for incident in heard] == [message for _, message, _, _ in stored]
-    assert run.result.incidents == {"reward_error": 4}
+    stored = _of_rows(run.folder)
+    told = [f"evaluation of held_out, row {row}: reward broken: OSError: no route" for row in range(5)]
+    assert sorted(message.partition(" (")[0] for _, message, _, _ in stored) == told
+    assert {(kind, gid) for kind, _, _, gid in stored} == {("reward_error", None)}
+    assert {message for _, message, _, _ in stored} <= {incident.message for incident in heard}
+
+
+def _of_rows(run: Path) -> list[tuple[Any, ...]]:
+    return [each for each in _stored(run) if each[1].startswith("evaluation of ")]
 
 
 def _stored(run: Path) -> list[tuple[Any, ...]]:
@@ -352,7 +363,7 @@ async def test_held_out_rows_after_the_last_step_are_told_too(tmp_path: Path, ra
     async def fickle(completion_ids: list[list[int]], **_: Any) -> list[float]:
         nonlocal calls
         calls += 1
-        if calls > 4:  # two held-out rows, and the two groups of the step
+        if calls > 4:  # two rows of the evaluation before, and the two groups of the step
             raise OSError("gone")
         return weigh_ids(completion_ids)
 
@@ -363,7 +374,7 @@ async def test_held_out_rows_after_the_last_step_are_told_too(tmp_path: Path, ra
         await run.wait()
     stored = _stored(run.folder)
     assert [(kind, step) for kind, _, step, _ in stored] == [("reward_error", 1)] * 2
-    assert stored[0][1].startswith("held-out rows after training: reward fickle: OSError: gone")
+    assert stored[0][1].startswith("evaluation of held_out, row 0: reward fickle: OSError: gone")
     assert run.result.incidents == {"reward_error": 2}
     assert run.status().activity is None
 

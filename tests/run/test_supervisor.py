@@ -33,6 +33,7 @@ from troupe.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
 from troupe.daemon.trainer import process as trainer
 from troupe.errors import CheckpointError, OutputError, RewardError, RunError
 from troupe.policy import Weights, load_policy
+from troupe.records.evaluations import read_evaluations
 from troupe.records.standing import read_standing
 from troupe.run.config import RunConfig, load_config
 from troupe.run.folder import RunFolder
@@ -106,7 +107,8 @@ async def test_what_a_run_leaves_behind(tmp_path: Path, ragged_model: Path) -> N
     config = tiny_config(ragged_model, tmp_path, **settings, data__eval_path=str(held_out))
     result = await drive(config)
     run = tmp_path / "run"
-    assert names_in(run) == {"run.toml", "summary.json", "metrics.jsonl", "trace.json", "checkpoints", "final"}
+    files = {"run.toml", "summary.json", "metrics.jsonl", "evaluations.jsonl", "trace.json", "checkpoints", "final"}
+    assert names_in(run) == files
     assert names_in(run / "checkpoints") == {"step-00000004"}
     assert msgspec.json.decode((run / "summary.json").read_bytes(), type=RunResult) == result
     assert (result.steps, result.total_steps, result.version, result.complete) == (4, 4, 4, True)
@@ -343,7 +345,7 @@ def held_up() -> tuple[Any, anyio.Event, anyio.Event]:
     return waits, inside, go_on
 
 
-async def test_a_drain_during_evaluation_begins_no_step(tmp_path: Path, ragged_model: Path) -> None:
+async def test_a_drain_during_evaluation_ends_with_the_step_that_was_begun(tmp_path: Path, ragged_model: Path) -> None:
     held_out = write_prompts(tmp_path / "held-out.json", rows=2)
     config = tiny_config(ragged_model, tmp_path, data__eval_path=str(held_out), learner__max_steps=2)
     reward, inside, go_on = held_up()
@@ -351,8 +353,8 @@ async def test_a_drain_during_evaluation_begins_no_step(tmp_path: Path, ragged_m
         await inside.wait()
         run.drain()
         go_on.set()
-    assert (run.result.steps, run.result.closed_groups) == (0, {})
-    assert [path.name for path in list_checkpoints(run.folder)] == ["step-00000000"]
+    assert (run.result.steps, run.result.closed_groups) == (1, {"trained": 2})
+    assert [each.version for each in read_evaluations(run.folder)] == [0, 1]
     assert (await drive(config, resume=True)).complete
 
 
@@ -363,8 +365,10 @@ async def test_a_stop_during_evaluation_ends_at_once(tmp_path: Path, ragged_mode
     async with Supervisor(config, [reward]) as run:
         await inside.wait()
         run.stop()
-    assert (run.result.steps, run.result.rewards_before) == (0, {})
+    assert run.result.rewards_before == {}
+    assert read_evaluations(run.folder) == ()
     assert (await drive(config, resume=True)).complete
+    assert [each.version for each in read_evaluations(run.folder)] == [0, 2], "from the weights in the checkpoint"
 
 
 async def test_an_error_in_the_body_cancels_the_run_and_comes_out_as_itself(tmp_path: Path, ragged_model: Path) -> None:

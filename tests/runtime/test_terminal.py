@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from troupe.runtime.terminal import harmless, one_line, safe_json
+from troupe.runtime.terminal import harmless, narrowed, one_line, safe_json
 
 ACTING = [*map(chr, range(0x20)), *map(chr, range(0x7F, 0xA0)), *"\u061c\u200e\u202e\u2066\u2069\u2028\u2029", "\ud800"]
 
@@ -31,3 +31,30 @@ def test_nothing_that_acts_comes_through(char: str) -> None:
         told = safe_json(json.dumps(text, ensure_ascii=False))
         assert char not in told
         assert json.loads(told) == text
+
+
+def test_rows_that_are_too_long_go_on_below_their_text() -> None:
+    rows = "\n".join(
+        [
+            "runs/a: running, step 3 of 10",
+            "  now           generating step 58, learning step 57",
+            "                and more of it all, too",
+            "plain words",
+        ]
+    )
+    assert narrowed(rows, 80) == rows
+    assert narrowed(rows, 32).splitlines() == [
+        "runs/a: running, step 3 of 10",
+        "  now           generating step",
+        "                58, learning",
+        "                step 57",
+        "                and more of it",
+        "                all, too",
+        "plain words",
+    ]
+    assert narrowed("Python  /a/path/that/is/longer/than/it (x)", 20).splitlines() == [
+        "Python",
+        "        /a/path/that/is/longer/than/it",
+        "        (x)",
+    ]
+    assert narrowed("one two three four", 8).splitlines() == ["one two", "    three", "    four"]

@@ -42,7 +42,7 @@ def test_the_script_makes_every_screen_and_page() -> None:
 @pytest.mark.parametrize(
     ("name", "shown"),
     [
-        ("screen-held-out", r"sums ?starting .* now held-out rows [\d,]+ / 8,000"),
+        ("screen-held-out", r"sums ?running .* evaluating held_out of step 0: .*rows [\d,]+ / 8,000"),
         ("screen-first-generation", r"now generating step 1: \d+ of at most 512 tokens"),
         (
             "screen-reward-refused",

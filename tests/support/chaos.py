@@ -10,7 +10,7 @@ import argparse
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,8 +22,10 @@ from tests.support import virtual_time
 from tests.support.plans import Plan, draw_plan
 from tests.support.wiring import DATA, LONGEST, Hooks, Ledger, digest, prepared_run, virtual_factories
 from troupe import RewardActor, RewardSample, RunConfig
+from troupe.actors.evaluator.settings import EvaluationConfig
 from troupe.actors.schedule import ScheduleConfig
 from troupe.checkpoint import CheckpointConfig
+from troupe.dataset import CurriculumConfig
 from troupe.errors import RunError
 from troupe.grpo import LearnerConfig
 from troupe.messages import Snapshot
@@ -32,8 +34,10 @@ from troupe.rewards import Reward, RewardManager, RewardsConfig
 from troupe.run.supervisor import Supervisor
 from troupe.runtime.mailbox import ChannelStats
 
-FAULTY = ("prompter", "generator", "environment", "scorer", "checkpointer", "metrics")
+FAULTY = ("prompter", "generator", "environment", "scorer", "evaluator", "checkpointer", "metrics")
 """Actors that are restarted when they fail."""
+EVALUATING = ("generator", "evaluator", "checkpointer")
+"""Whose faults may be those of the evaluator."""
 MOST_FAULTS = 3
 """Of an actor: one more and the run may end, as it should."""
 TIMEOUT_S = 60.0
@@ -41,6 +45,10 @@ TIMEOUT_S = 60.0
 ODD = {"nan": float("nan"), "infinite": float("-inf"), "none": None, "huge": 1e30}
 """Scores that count as missing."""
 
+CURRICULUM = CurriculumConfig(
+    enabled=True, window=2, easy_threshold=0.6, hard_threshold=0.4, retire_at=0.75, retire_after=1, revisit_every=3
+)
+"""Scores are drawn by lot, so that rows go from pool to pool, and back from retirement."""
 FATES = ("raises", "exits", "hangs", "ignores cancellation", *ODD)
 
 
@@ -57,9 +65,15 @@ class Chaos(Hooks):
         if who == "learner" and self.strikes("learner fails", self.plan.deadly):
             self.faults[who] += 1
             raise ArithmeticError(f"{who} fails at {place}, as chance has it")
-        if who in FAULTY and self.faults[who] < MOST_FAULTS and self.strikes(f"{who} fails", self.plan.faults):
+        if who in FAULTY and self._faults_of(who) < MOST_FAULTS and self.strikes(f"{who} fails", self.plan.faults):
             self.faults[who] += 1
             raise ArithmeticError(f"{who} fails at {place}, as chance has it")
+
+    def _faults_of(self, who: str) -> int:
+        """Of those who have an actor with a device of others, together: it fails with any of them."""
+        if self.plan.evaluate_every and who in EVALUATING:
+            return sum(self.faults[each] for each in EVALUATING)
+        return self.faults[who]
 
     def delay_s(self, who: str) -> float:
         """Often 0, else exponential, and now and then very long."""
@@ -186,7 +200,9 @@ def config_of(plan: Plan, folder: Path) -> RunConfig:
             on_stale=plan.on_stale,
             watchdog_s=plan.watchdog_s,
         ),
+        evaluation=EvaluationConfig(every=plan.evaluate_every),
         checkpoint=CheckpointConfig(every=plan.checkpoint_every, overlap=plan.overlap),
+        curriculum=CURRICULUM if plan.curriculum else CurriculumConfig(),
     )
 
 
@@ -201,6 +217,8 @@ class Report(NamedTuple):
     """Virtual."""
     faults: Counter[str]
     """Times that an actor failed, by its name."""
+    evaluated: dict[int, Mapping[str, float]]
+    """By version."""
 
 
 def drive(plan: Plan) -> Report:
@@ -266,6 +284,7 @@ async def perform(run: Supervisor, chaos: Chaos, ledger: Ledger, reward: Reward)
         [channel.stats() for mailbox in mailboxes.values() for channel in mailbox.channels if not channel.side],
         asyncio.get_running_loop().time(),
         chaos.faults,
+        {each.version: each.metrics for each in run._pipeline.ledgers.evaluations.results},
     )
 
 
@@ -301,12 +320,16 @@ def assert_all_holds(plan: Plan, report: Report) -> None:
     assert all(channel.depth == 0 for channel in report.channels), "a message was left unread"
     if not plan.asks("drain"):
         assert report.steps == plan.steps
+    if every := plan.evaluate_every:
+        assert report.evaluated.keys() == {*range(0, report.steps + 1, every), report.steps}, "an evaluation was lost"
 
 
 def assert_timing_changes_nothing(plan: Plan, report: Report) -> None:
     """A pinned run learns the same without the delays and accidents, as far as it went."""
     calm = drive(plan.calm())
     went = len(report.ledger.learned)
+    for version in report.evaluated.keys() & calm.evaluated.keys():
+        assert report.evaluated[version] == calm.evaluated[version], f"seed {plan.seed}: timing changed an evaluation"
     same = report.ledger.learned == calm.ledger.learned[:went]
     if report.steps == calm.steps and not plan.asks("stop"):
         same = same and (report.weights, report.ledger.states) == (calm.weights, calm.ledger.states)

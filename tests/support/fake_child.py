@@ -137,6 +137,10 @@ class InlineDevice:
         return function(*args)
 
     @asynccontextmanager
+    async def turn(self, *_: Any, **__: Any) -> AsyncIterator[None]:
+        yield
+
+    @asynccontextmanager
     async def iterate(self, iterator: Iterator[Any], *, on_leave: Callable[[], None]) -> AsyncIterator[Any]:
         async def following() -> Any:
             await anyio.sleep(0.01)

@@ -63,6 +63,10 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     requests: tuple[tuple[float, str], ...] = ()
     """(when, what) is asked of the supervisor."""
     watchdog_s: float = 0.0
+    curriculum: bool = False
+    """Whether rows are drawn by their pass rates."""
+    evaluate_every: int = 0
+    """Steps from one evaluation to the next; 0: nothing is evaluated."""
 
     def asks(self, what: str) -> bool:
         """Whether it is asked of the supervisor."""
@@ -126,4 +130,5 @@ def draw_plan(seed: int) -> Plan:
                 for _ in range(dice.choice([0, 0, 1, 5]))
             )
         ),
+        evaluate_every=dice.choice([0, 0, 1, 2]),
     )

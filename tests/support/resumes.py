@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import random
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from tests.support.plans import Plan, draw_plan
 from tests.support.wiring import Ledger, prepared_run, virtual_factories
 from troupe.checkpoint import Checkpoint, RunState
 from troupe.checkpoint.write import encode_unfinished
-from troupe.messages import GroupClosed, Snapshot, Unfinished
+from troupe.messages import CurriculumState, Evaluated, GroupClosed, Snapshot, Unfinished
 from troupe.rewards import RewardManager
 from troupe.run.prepare import Prepared
 from troupe.run.resume.newest import restored_free, restored_pinned
@@ -40,6 +41,7 @@ class Cut(NamedTuple):
     num_tokens: int
     skipped_in_a_row: int
     unfinished: bytes
+    curriculum: bytes
 
     @classmethod
     def of(cls, snapshot: Snapshot) -> Cut:
@@ -50,6 +52,7 @@ class Cut(NamedTuple):
             snapshot.num_tokens,
             snapshot.skipped_in_a_row,
             encode_unfinished(snapshot.unfinished),
+            msgspec.msgpack.encode(snapshot.curriculum),
         )
 
 
@@ -97,7 +100,15 @@ class Store:
         for end in self.ends:
             assert end.scored is not None
             found[end.version].append(
-                (end.gid, end.state, end.scored.group.rollouts, end.scored.scores, end.rewards, end.advantages)
+                (
+                    end.gid,
+                    end.state,
+                    end.scored.group.prompt.row,
+                    end.scored.group.rollouts,
+                    end.scored.scores,
+                    end.rewards,
+                    end.advantages,
+                )
             )
         return dict(found)
 
@@ -106,6 +117,8 @@ def resumed(prepared: Prepared, cut: Cut) -> Prepared:
     """The run, going on from a cut."""
     unfinished = msgspec.msgpack.decode(cut.unfinished, type=Unfinished)
     config = prepared.config
+    if (curriculum := prepared.inputs.schedule.curriculum) is not None:
+        curriculum.restore(msgspec.msgpack.decode(cut.curriculum, type=CurriculumState), cut.version)
     if config.schedule.mode == "free":
         wanted = (prepared.inputs.total_steps - cut.version) * config.learner.batch_size
         restored = restored_free(unfinished, prepared.inputs.schedule, wanted=wanted)
@@ -132,12 +145,12 @@ def resumed(prepared: Prepared, cut: Cut) -> Prepared:
     return msgspec.structs.replace(prepared, start=start)
 
 
-def drive(seed: int, starts: int = STARTS) -> None:
+def drive(seed: int, starts: int = STARTS, *, curriculum: bool = False) -> None:
     """Make a run in several starts, and see that everything holds; AssertionError where it does not."""
     dice = random.Random(f"resumes/{seed}")
     plan = msgspec.structs.replace(draw_plan(seed), outage=None, watchdog_s=0.0, deadly=0.0)
     steps = dice.randint(3, 8)
-    plan = msgspec.structs.replace(plan, steps=steps, requests=())
+    plan = msgspec.structs.replace(plan, steps=steps, requests=(), curriculum=curriculum)
     with TemporaryDirectory(prefix="troupe-resumes-") as folder:
         try:
             _drive(plan, Path(folder), dice, starts)
@@ -151,7 +164,7 @@ def drive(seed: int, starts: int = STARTS) -> None:
 
 def _drive(plan: Plan, folder: Path, dice: random.Random, starts: int) -> None:
     whole = _start(plan.calm(), folder, None) if plan.is_reproducible else None
-    store, cut = Store(), None
+    store, cut, told = Store(), None, list[Evaluated]()
     for number in range(starts):
         length_s = plan.delay_s * plan.steps * 4
         requests = [(dice.random() * length_s, "checkpoint") for _ in range(dice.choice([0, 2, 5, 9]))]
@@ -166,21 +179,36 @@ def _drive(plan: Plan, folder: Path, dice: random.Random, starts: int) -> None:
             now = msgspec.structs.replace(now, max_staleness=dice.randint(0, 3))
             if not last:
                 now = msgspec.structs.replace(now, steps=dice.randint(max(1, cut.version), plan.steps))
-        start = _start(now, folder, cut)
+        start = _start(now, folder, cut, told)
         if last or (start.chaos.cuts and dice.random() < 0.9):
             if last:
                 store.go_on(start.ledger.ends, plan.steps)
                 break
             cut = start.chaos.cuts[-1] if stops else dice.choice(start.chaos.cuts)
             store.go_on(start.ledger.ends, cut.version)
+            told = known_at(start.evaluated, cut, dice)
         elif cut is not None:
             store.go_on([], cut.version)
     check(plan, store)
+    if every := plan.evaluate_every:
+        versions = [each.version for each in start.evaluated]
+        assert {*range(0, plan.steps + 1, every), plan.steps} <= set(versions), "an evaluation was lost"
     if whole is not None:
+        values = {each.version: each.metrics for each in start.evaluated}
+        assert {each.version: values[each.version] for each in whole.evaluated} == {
+            each.version: each.metrics for each in whole.evaluated
+        }
         assert start.weights == whole.weights
         straight = Store()
         straight.go_on(whole.ledger.ends, plan.steps)
         assert store.by_step() == straight.by_step()
+
+
+def known_at(evaluated: Sequence[Evaluated], cut: Cut, dice: random.Random) -> list[Evaluated]:
+    """What a kill after a cut leaves in the file: perhaps not what was under way when the cut was made."""
+    under_way = {cut.version, *cut.behind}
+    done = [each for each in evaluated if each.version <= cut.version]
+    return [each for each in done if each.version not in under_way or dice.random() < 0.5]
 
 
 class Start(NamedTuple):
@@ -190,21 +218,25 @@ class Start(NamedTuple):
     ledger: StartLedger
     weights: bytes
     steps: int
+    evaluated: tuple[Evaluated, ...]
 
 
-def _start(plan: Plan, folder: Path, cut: Cut | None) -> Start:
+def _start(plan: Plan, folder: Path, cut: Cut | None, told: Sequence[Evaluated] = ()) -> Start:
     config = config_of(plan, Path(mkdtemp(dir=folder)))
     chaos = CutChaos(plan)
     rewards = rewards_of(chaos)
     prepared = prepared_run(config, RewardManager(rewards, config=config.rewards), plan.rows)
     if cut is not None:
         prepared = resumed(prepared, cut)
+        start = msgspec.structs.replace(prepared.start, evaluated=tuple(told))
+        prepared = msgspec.structs.replace(prepared, start=start)
     ledger = StartLedger((plan.max_staleness + 1) * plan.prompts, prepared)
     run = Supervisor(config, factories=virtual_factories(prepared, chaos, ledger))
     with seeded(plan.seed):
         report = virtual_time.run(perform, run, chaos, ledger, rewards[0])
     assert not ledger.broken, ledger.broken
-    return Start(chaos, ledger, report.weights, report.steps)
+    evaluated = run._pipeline.ledgers.evaluations.results
+    return Start(chaos, ledger, report.weights, report.steps, evaluated)
 
 
 def check(plan: Plan, store: Store) -> None:

@@ -27,7 +27,7 @@ from troupe.messages import Answer, PromptText
 from troupe.policy import CompletedTurn, GenerationConfig, TurnRequest
 from troupe.rewards import RewardManager, RewardsConfig
 from troupe.run.supervisor import Supervisor
-from troupe.runtime.device import DeviceThread
+from troupe.runtime.device import DeviceThread, Turns
 
 
 class Work(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,6 +97,7 @@ class TimedThread(DeviceThread):
 
     def __init__(self, device: Device) -> None:
         self._executor: Any = device
+        self.turns = Turns()
 
     async def close(self) -> None:
         """There is no thread."""

@@ -24,6 +24,8 @@ from tests.support.acting import ScriptedSession
 from tests.support.fakes import DirectSinkThread
 from troupe import RunConfig
 from troupe.actors.checkpointer import CheckpointWriter
+from troupe.actors.evaluator.decoding import EvalSet
+from troupe.actors.evaluator.settings import EvaluationSet
 from troupe.actors.learner.gathering import StepGroups, gid_of
 from troupe.actors.learner.train import BatchTrainer, LearnerState
 from troupe.actors.schedule import PromptSchedule
@@ -45,11 +47,12 @@ from troupe.messages import (
 )
 from troupe.policy import Base, Companions, CompletedGroup, Completion, RolloutRequest
 from troupe.rewards import RewardManager
+from troupe.run.curriculum import curriculum_for
 from troupe.run.inputs import Inputs
 from troupe.run.ledgers import Factories
 from troupe.run.prepare import Prepared, Start
 from troupe.run.resume.newest import Identity, Restored
-from troupe.runtime.device import DeviceThread
+from troupe.runtime.device import DeviceThread, Turns
 from troupe.runtime.mailbox import Channel, Mailbox, Overflow
 
 DATA = ("prompts", "rollouts", "scored", "closed")
@@ -136,6 +139,7 @@ class VirtualDevice(DeviceThread):
 
     def __init__(self, name: str, hooks: Hooks) -> None:
         self._executor: Any = VirtualExecutor(name, hooks)
+        self.turns = Turns()
 
     async def close(self) -> None:
         """There is no thread whose streams end with it."""
@@ -335,8 +339,9 @@ def prepared_run(config: RunConfig, rewards: RewardManager, rows: int, acting_se
                 batch_size=config.learner.batch_size,
                 seed=config.seed,
                 shuffle=True,
+                curriculum=curriculum_for(config, dataset, rewards),
             ),
-            evaluation=None,
+            sets=_sets(config, rewards) if config.evaluation.every else (),
             rewards=rewards,
             longest_prompt=2,
             acting_setup=acting_setup,
@@ -355,6 +360,15 @@ def prepared_run(config: RunConfig, rewards: RewardManager, rows: int, acting_se
         ),
         notices=(),
     )
+
+
+def _sets(config: RunConfig, rewards: RewardManager) -> tuple[EvalSet, ...]:
+    """A set whose rows are decoded in several pieces; its samples are as many as the engine gives."""
+    samples = config.generation.num_generations
+    settings = EvaluationSet(name="held", path="held.json", num_samples=samples, temperature=1.0)
+    rows = PromptDataset.from_rows([{"prompt": f"held {i}", "answer": str(i)} for i in range(70)])
+    ids = [(63, 1 + i // 50, i % 50) for i in range(len(rows))]
+    return (EvalSet(settings=settings, dataset=rows, prompt_ids=ids, rewards=rewards),)
 
 
 class WatchedChannel(Channel[Any]):
@@ -448,11 +462,17 @@ class ScriptedTrainer(BatchTrainer):
     def assemble(self, groups: Sequence[ScoredGroup], oldest: int | None) -> Any:
         if self._real:
             return super().assemble(groups, oldest)
-        batch = [(g.group.prompt, g.group.rollouts, g.scores) for g in groups]
+        batch = ScriptedBatch((g.group.prompt, g.group.rollouts, g.scores) for g in groups)
         return SimpleNamespace(batch=batch, metrics={}, advantages=[(0.0,) * len(g.group.rollouts) for g in groups])
 
     def without_signal(self, groups: Sequence[ScoredGroup]) -> set[int]:
         return super().without_signal(groups) if self._real else {gid_of(g) for g in groups if not _has_signal(g)}
+
+
+class ScriptedBatch(list[Any]):
+    """What is hashed, in the place of arrays."""
+
+    completion_mask = SimpleNamespace(sum=lambda: 0.0)
 
 
 def _digest_of_batch(batch: Any) -> bytes:

@@ -8,10 +8,10 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import anyio
 import msgspec
@@ -46,6 +46,13 @@ _NICENESS = 5
 """Of the thread that writes checkpoints, and of those that it starts. Where all processors are busy it gets about a
 quarter of one: more would be taken from the learner, and with much less it would have to be waited for."""
 UNSETTLED = "not all that was told of the steps up to {} is on the disk yet, but its checkpoint is written"
+
+
+class Judged(NamedTuple):
+    """What evaluations say of versions; as for `prune_checkpoints`."""
+
+    judged: Mapping[int, float] | None = None
+    pending: Collection[int] = ()
 
 
 class Checkpointer(Actor):
@@ -205,8 +212,10 @@ class CheckpointWriter:
         adapter_files: Callable[[Weights], AdapterFiles | None] = lambda weights: None,
         check_folder: Callable[[], None] = lambda: None,
         ledger: CheckpointLedger | None = None,
+        judged: Callable[[], Judged] = Judged,
     ) -> None:
-        """`adapter_files`: what to write of weights that are an adapter's, else None.
+        """`adapter_files`: what to write of weights that are an adapter's, else None. `judged`: what is known of
+        `metric_for_best`, where not the checkpoints say it.
 
         `check_folder`: raises FolderGoneError where the run folder is not in its place any more."""
         self.ledger = CheckpointLedger() if ledger is None else ledger
@@ -218,6 +227,7 @@ class CheckpointWriter:
         self._made = made
         self._adapter_files = adapter_files
         self._check_folder = check_folder
+        self._judged = judged
 
     @property
     def tries_again(self) -> bool:
@@ -276,6 +286,7 @@ class CheckpointWriter:
             made=self._made(),
             reference=snapshot.reference,
             unfinished=snapshot.unfinished,
+            curriculum=snapshot.curriculum,
         )
 
         def before_block() -> None:
@@ -305,8 +316,11 @@ class CheckpointWriter:
 
     def _prune(self, version: int) -> Pruned:
         self.ledger.abandoned.discard(version)
+        told = self._judged()
         try:
-            pruned = prune_checkpoints(self.run, self._config, abandoned=self.ledger.abandoned)
+            pruned = prune_checkpoints(
+                self.run, self._config, abandoned=self.ledger.abandoned, judged=told.judged, pending=told.pending
+            )
         except OSError as error:
             return Pruned(faults=(str(error),))
         self.ledger.abandoned -= set(pruned.removed)

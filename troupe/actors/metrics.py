@@ -19,6 +19,7 @@ from troupe.messages import (
     Span,
     Update,
 )
+from troupe.records.diagnosis.watch import Diagnosis
 from troupe.records.members import cluster_figures
 from troupe.records.sinks.sinks import Sinks
 from troupe.runtime.actor import Actor
@@ -43,15 +44,17 @@ class Tally(msgspec.Struct, kw_only=True):
     """Incidents by kind."""
     switched_off_sinks: dict[str, str] = msgspec.field(default_factory=dict)
     """Sink → why it was switched off."""
+    diagnosis: Diagnosis = msgspec.field(default_factory=lambda: Diagnosis({}))
+    """What the figures so far say is wrong."""
 
 
 class Metrics(Actor):
     """Receives Update, GroupClosed, Incident, CheckpointWritten, Answered, Evaluated, Span and Settle; broadcasts the
     first three, of which a slow listener keeps the newest.
 
-    It adds to each Update what only it can see: how long the queues are, and where the time of the step went. Nothing
-    here waits: sinks have threads of their own. One that fails or hangs is switched off, or tried again later, which is
-    an incident, and training goes on. Sinks and tally outlive the actor.
+    It adds to each Update what only it can see: how long the queues are, where the time of the step went, and what all
+    figures so far say is wrong. Nothing here waits: sinks have threads of their own. One that fails or hangs is
+    switched off, or tried again later, which is an incident, and training goes on. Sinks and tally outlive the actor.
     """
 
     name = "metrics"
@@ -97,6 +100,8 @@ class Metrics(Actor):
             self._times.add(message)
             self._sinks.write(message)
             return
+        if isinstance(message, Evaluated):
+            self._tally.diagnosis.add_evaluation(message.version, message.metrics)
         if isinstance(message, Answered | Evaluated):
             self._sinks.write(message)
             return
@@ -108,12 +113,17 @@ class Metrics(Actor):
             self._note(incident)
             self._sinks.write(incident)
         if isinstance(message, Update):
-            figures = self._queues() | self._step_times() | cluster_figures(self._members())
-            message = msgspec.structs.replace(message, metrics=message.metrics | figures)
+            message = self._complete(message)
         if isinstance(message, Heard):
             self._listeners.send_nowait(message)
         self._sinks.write(message)
         self._count(message)  # last: a message whose handling fails comes once more
+
+    def _complete(self, update: Update) -> Update:
+        metrics = update.metrics | self._queues() | self._step_times() | cluster_figures(self._members())
+        diagnosis = self._tally.diagnosis
+        diagnosis.add(update.step, metrics)
+        return msgspec.structs.replace(update, metrics=metrics | diagnosis.metrics, findings=diagnosis.findings)
 
     async def _take(self) -> Any:
         if len(self.inbox):

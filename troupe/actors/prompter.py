@@ -84,6 +84,9 @@ class Prompter(Actor):
         """Send what holds a credit, and then as much more as may be begun."""
         ledger = self._ledger
         await self._send()
+        if (end := self._schedule.end) is not None:
+            ledger.end = min(ledger.end, end * self._schedule.batch_size)
+            ledger.draining = True
         while ledger.next < self._limit and self._credits.free:
             step, place = divmod(ledger.next, self._schedule.batch_size)
             prompt = self._schedule.prompt(Slot(step=step, place=place))

@@ -3,7 +3,7 @@
 The prompts form one endless stream, epoch after epoch, each epoch a permutation of the rows drawn from the seed.
 Step k, place j is element k·P + j of that stream, so the cursor of a run is derived from k alone, no row is left out
 at the end of an epoch, and every step is full. Replacements (attempt ≥ 1) come from a stream of their own for every
-step, so they do not shift the others.
+step, so they do not shift the others. With a curriculum that says which rows a step has.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from troupe.actors.curriculum import Curriculum
 from troupe.actors.generator.engines.settings import EngineConfig, check_engines
 from troupe.dataset import DataConfig, PromptDataset
 from troupe.errors import ConfigError, DatasetError, InputError
@@ -111,9 +112,12 @@ class PromptSchedule:
         seed: int,
         shuffle: bool,
         opened: Callable[[PromptText, tuple[int, ...]], str] = lambda prompt, ids: "",
+        curriculum: Curriculum | None = None,
     ) -> None:
-        """`opened`: what a prompt, with these ids, has written of the thoughts."""
+        """`opened`: what a prompt, with these ids, has written of the thoughts. `curriculum`: chooses the rows, by
+        what came of them; None: each epoch has all of them."""
         self.batch_size = batch_size
+        self.curriculum = curriculum
         self.rows = len(dataset)
         """Prompts an epoch."""
         self._seed = seed
@@ -123,19 +127,23 @@ class PromptSchedule:
         # only the epochs that the live groups touch are asked for, always the newest few
         self._order = lru_cache(maxsize=4)(lambda epoch: dataset.order(seed, epoch, shuffle=shuffle))
 
+    @property
+    def end(self) -> int | None:
+        """The first step that there are no prompts for; None: there is no end."""
+        return None if self.curriculum is None else self.curriculum.end
+
     def prompt(self, slot: Slot, *, round_size: int | None = None, row: int | None = None) -> Prompt:
         """The prompt of a slot, with the gid that the slot determines.
 
         `round_size`: prompts of the slot's step and attempt; None for a whole step. `row`: the dataset row where it is
         not the slot that says which, because an earlier attempt is repeated.
         """
-        epoch, in_stream = self._in_stream(slot.step, slot.place)
         if row is None:
-            row = self._replacement(slot) if slot.attempt else in_stream
+            row = self._row(slot)
         return Prompt(
             gid=self.gid(slot),
             slot=slot,
-            epoch=epoch,
+            epoch=(slot.step * self.batch_size + slot.place) // self.rows,
             row=row,
             prompt=self._dataset[row].prompt,
             prompt_ids=self._prompt_ids[row],
@@ -148,10 +156,15 @@ class PromptSchedule:
         """The unique number of the group in a slot."""
         return slot.step * self.batch_size + slot.place + slot.attempt * _ATTEMPT_STRIDE
 
-    def _in_stream(self, step: int, place: int) -> tuple[int, int]:
-        """Epoch and row of the first attempt."""
+    def _row(self, slot: Slot) -> int:
+        if self.curriculum is not None:
+            return self.curriculum.row(slot)
+        return self._replacement(slot) if slot.attempt else self._in_stream(slot.step, slot.place)
+
+    def _in_stream(self, step: int, place: int) -> int:
+        """The row of the first attempt."""
         epoch, position = divmod(step * self.batch_size + place, self.rows)
-        return epoch, self._order(epoch)[position]
+        return self._order(epoch)[position]
 
     def _replacement(self, slot: Slot) -> int:
         """The row of a later attempt: element (attempt − 1)·P + place of the step's replacements."""
@@ -166,7 +179,7 @@ class PromptSchedule:
         """
         key = hashlib.sha256(f"troupe.schedule/replacements/{self._seed}/{step}".encode()).digest()
         dice = random.Random(int.from_bytes(key, "big"))
-        shown = {self._in_stream(step, place)[1] for place in range(self.batch_size)}
+        shown = {self._in_stream(step, place) for place in range(self.batch_size)}
         while True:
             if len(shown) == self.rows:
                 shown = set()

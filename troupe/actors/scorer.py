@@ -59,6 +59,12 @@ class Scorer(Actor):
         """Listen no more."""
         self._rewards.listen(None)
 
+    @property
+    def progress(self) -> str:
+        """How many groups are being scored."""
+        groups = len(self.inbox.in_hand)
+        return f"{groups:,} group{'s' if groups > 1 else ''}" if groups else ""
+
     async def _score(self, group: RolloutGroup) -> None:
         recorded = self._recorded.get(group.prompt.gid)
         if recorded is not None and _completions(recorded.group) == _completions(group):

@@ -5,6 +5,7 @@ A checkpoint is a Hugging Face model folder that other tools load as it is, plus
     config.json  model.safetensors  tokenizer files      the policy
     optimizer.safetensors                                 the optimizer's state: moments of AdamW and the like
     unfinished.msgpack                                    groups under way: completions and scores not trained on yet
+    rows.msgpack                                          what is known of the rows, where they are chosen by it
     behind-00000009.safetensors                           older policy versions that generation still needs
     reference.safetensors                                 the reference policy, where it follows the policy
     state.json                                            `RunState`
@@ -17,6 +18,7 @@ waits beside it under `.replaced-NAME`, where reading finds it after a crash.
 
 from troupe.checkpoint.keep import (
     Pruned,
+    best_checkpoint,
     checkpoint_folder,
     clear_leftovers,
     list_checkpoints,
@@ -36,6 +38,7 @@ __all__ = [
     "Pruned",
     "RewardState",
     "RunState",
+    "best_checkpoint",
     "checkpoint_folder",
     "clear_leftovers",
     "list_checkpoints",

@@ -3,7 +3,7 @@
 import math
 import re
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -46,16 +46,26 @@ def newer_versions(run: Path, version: int) -> set[int]:
     return {there for there in _list_finished(run) if there > version}
 
 
-def prune_checkpoints(run: Path, config: CheckpointConfig, *, abandoned: Collection[int] = ()) -> Pruned:
+def prune_checkpoints(
+    run: Path,
+    config: CheckpointConfig,
+    *,
+    abandoned: Collection[int] = (),
+    judged: Mapping[int, float] | None = None,
+    pending: Collection[int] = (),
+) -> Pruned:
     """Remove all finished checkpoints but the newest `keep` and the best, and what interrupted writes have left.
 
-    `abandoned`: versions that are not of this run any more; they are removed, and never count. Only for who writes the
+    `abandoned`: versions that are not of this run any more; they are removed, and never count. `judged`: version → what
+    `metric_for_best` is, where not the checkpoints say so; `pending`: of which it is not known yet, so that they stay.
+    Only for who writes the
     checkpoints of the run: what another one is writing would be a leftover too.
     """
     standing = {version: folder for version, folder in _find_finished(run).items() if version not in abandoned}
     kept = set(sorted(standing, reverse=True)[: config.keep])
-    if config.keep_best and (best := _best_version(standing, config)) is not None:
+    if config.keep_best and (best := _best_version(standing, config, judged)) is not None:
         kept.add(best)
+    kept |= standing.keys() & set(pending)
     keep_folders = {standing[version] for version in kept}
     removed: set[int] = set()
     faults: list[str] = []
@@ -73,6 +83,13 @@ def prune_checkpoints(run: Path, config: CheckpointConfig, *, abandoned: Collect
             if match and finished and int(match[2]) not in kept:
                 removed.add(int(match[2]))
     return Pruned(removed=tuple(sorted(removed)), faults=tuple(faults))
+
+
+def best_checkpoint(run: Path, config: CheckpointConfig, judged: Mapping[int, float] | None = None) -> Path | None:
+    """The finished checkpoint whose metric is best; `judged` as of `prune_checkpoints`. RunError as above."""
+    found = _list_finished(run)
+    best = _best_version(found, config, judged)
+    return None if best is None else found[best]
 
 
 def clear_leftovers(run: Path) -> None:
@@ -109,11 +126,11 @@ def _step_folders(run: Path) -> Iterator[Path]:
             yield folder
 
 
-def _best_version(folders: dict[int, Path], config: CheckpointConfig) -> int | None:
+def _best_version(folders: dict[int, Path], config: CheckpointConfig, judged: Mapping[int, float] | None) -> int | None:
     """The version whose metric is best; None where none has it."""
     sign = 1.0 if config.greater_is_better else -1.0
-    values: dict[int, float] = {}
-    for version, folder in folders.items():
+    values = {version: sign * value for version, value in (judged or {}).items() if version in folders}
+    for version, folder in folders.items() if judged is None else ():
         with suppress(OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             state = msgspec.json.decode((folder / STATE_FILE).read_bytes(), type=_Judged)
             value = state.metrics.get(config.metric_for_best)

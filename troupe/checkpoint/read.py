@@ -19,6 +19,7 @@ from troupe.checkpoint.state import (
     MODEL_FILE,
     OPTIMIZER_FILE,
     REFERENCE_FILE,
+    ROWS_FILE,
     STATE_FILE,
     UNFINISHED_FILE,
     Checkpoint,
@@ -27,7 +28,7 @@ from troupe.checkpoint.state import (
 )
 from troupe.checkpoint.write import replaced_path
 from troupe.errors import CheckpointError, ModelError, RunError, TroupeError
-from troupe.messages import Unfinished
+from troupe.messages import CurriculumState, Unfinished
 from troupe.policy import NetworkConfig
 from troupe.policy.adapter.peft import WEIGHTS_FILE as ADAPTER_FILE
 from troupe.policy.adapter.peft import our_name
@@ -84,6 +85,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         made=read_made(path),
         reference=_load_like(path / REFERENCE_FILE, weights) if REFERENCE_FILE in names else None,
         unfinished=read_unfinished(path / UNFINISHED_FILE) if UNFINISHED_FILE in names else Unfinished(),
+        curriculum=_read_curriculum(path / ROWS_FILE) if ROWS_FILE in names else None,
     )
 
 
@@ -117,6 +119,13 @@ def read_unfinished(file: Path) -> Unfinished:
         return msgspec.msgpack.decode(file.read_bytes(), type=Unfinished)
     except _UNREADABLE as error:
         raise _fault_of_reading(f"{file}: the groups under way cannot be read", error) from None
+
+
+def _read_curriculum(file: Path) -> CurriculumState:
+    try:
+        return msgspec.msgpack.decode(file.read_bytes(), type=CurriculumState)
+    except _UNREADABLE as error:
+        raise _fault_of_reading(f"{file}: what is known of the rows cannot be read", error) from None
 
 
 def read_made(folder: Path) -> Made:

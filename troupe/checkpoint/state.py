@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import mlx.core as mx
 import msgspec
 
-from troupe.messages import Unfinished
+from troupe.messages import CurriculumState, Unfinished
 from troupe.policy import NetworkConfig, Weights
 
 FORMAT = 3
@@ -17,7 +17,7 @@ which ids end a text, which scores a fault took, and with what the run was made.
 MANIFEST = "MANIFEST.json"
 CONFIG_FILE, MODEL_FILE, OPTIMIZER_FILE = "config.json", "model.safetensors", "optimizer.safetensors"
 STATE_FILE, REFERENCE_FILE, UNFINISHED_FILE = "state.json", "reference.safetensors", "unfinished.msgpack"
-MADE_FILE = "made.json"
+MADE_FILE, ROWS_FILE = "made.json", "rows.msgpack"
 BEHIND_FILE = re.compile(r"behind-(\d{8,})\.safetensors")
 TEMPORARY_PREFIX, REPLACED_PREFIX = ".writing-", ".replaced-"
 
@@ -102,3 +102,5 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     made: Made = Made()
     unfinished: Unfinished = Unfinished()
     """Prompts in it have lost their text and columns: slot and row say what they are."""
+    curriculum: CurriculumState | None = None
+    """Where rows are chosen by what came of them."""

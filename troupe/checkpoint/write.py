@@ -20,6 +20,7 @@ from troupe.checkpoint.state import (
     OPTIMIZER_FILE,
     REFERENCE_FILE,
     REPLACED_PREFIX,
+    ROWS_FILE,
     STATE_FILE,
     TEMPORARY_PREFIX,
     UNFINISHED_FILE,
@@ -78,6 +79,8 @@ def save_checkpoint(
         for name, arrays in files.items():
             folder.write(name, safetensors_chunks(arrays))
         folder.write(UNFINISHED_FILE, [unfinished])
+        if checkpoint.curriculum is not None:
+            folder.write(ROWS_FILE, [msgspec.msgpack.encode(checkpoint.curriculum)])
         if checkpoint.made != Made():
             folder.write(MADE_FILE, [msgspec.json.format(msgspec.json.encode(checkpoint.made))])
         folder.write(STATE_FILE, [msgspec.json.format(msgspec.json.encode(checkpoint.state))])

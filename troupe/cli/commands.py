@@ -22,7 +22,7 @@ from troupe.runtime.terminal import EXIT_BAD_INPUT, EXIT_FAULT, EXIT_INTERRUPTED
 P = ParamSpec("P")
 _OTHER_VALUES = {"scale", "exclude_modules"}
 """Names of others' settings whose values are other ones here."""
-_FIRST = ("train", "generate", "eval", "inspect", "runs", "report", "fuse", "doctor", "worker")
+_FIRST = ("train", "generate", "eval", "inspect", "runs", "compare", "report", "fuse", "doctor", "worker")
 
 
 class Number(click.FloatRange):

@@ -9,7 +9,7 @@ import shlex
 import signal
 import sys
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import anyio
@@ -17,7 +17,7 @@ import click
 import msgspec
 
 from troupe.cli.commands import Command, Number, fail, report_errors
-from troupe.cli.status import describe, row
+from troupe.cli.status import describe, describe_past, read_past, row
 from troupe.daemon.control.place import read_address
 from troupe.daemon.control.protocol import NobodyThereError, Reply, Request, ask, encode_line
 from troupe.daemon.main import keep_alive
@@ -36,11 +36,13 @@ from troupe.messages import (
     Step,
     Stop,
 )
+from troupe.records.diagnosis import in_full
+from troupe.records.diagnosis.past import diagnose
 from troupe.records.standing import describe_standing, read_standing, silence_of
 from troupe.run.tables import anchored_reward, parse_setting
 from troupe.runtime.lock import read_owner
 from troupe.runtime.machine import unusable_backend
-from troupe.runtime.terminal import EXIT_FAULT, tell, tell_json
+from troupe.runtime.terminal import EXIT_FAULT, tell, tell_json, tell_rows
 
 _ANSWER_S, _HOPE_S, _DEATH_S = 15.0, 6.0, 10.0  # a daemon answers for its trainer after 5 s
 _LOADING_S = 90.0  # of a reward, before there is an answer
@@ -132,7 +134,8 @@ def status(folder: Path, watch: bool, interval: float, as_json: bool) -> None:
             if as_json:
                 tell_json(msgspec.json.encode(found).decode())
             else:
-                tell(f"{folder}: {describe_standing(found)}")
+                tell_rows("\n".join([f"{folder}: {describe_standing(found)}", *describe_past(read_past(folder))]))
+                _tell_findings(folder)
         if not watch or not goes_on:
             return
         time.sleep(interval)
@@ -151,9 +154,17 @@ def _show(found: Reply, folder: Path, *, as_json: bool, clear: bool) -> None:
         return
     if clear:
         click.clear()  # on a terminal
-    tell(describe(found, str(folder)))
+    tell_rows(describe(found, str(folder), read_past(folder)))
     if (address := read_address(folder)) is not None:
         tell(row("live page", address))
+
+
+def _tell_findings(folder: Path) -> None:
+    """Of a run that does not answer, as far as its steps can be read."""
+    with suppress(InputError):
+        for finding in diagnose(folder):
+            if finding.until is None:
+                tell_rows(row("diagnosis", in_full(finding)))
 
 
 def _add_request(name: str, request: Request, text: str) -> None:

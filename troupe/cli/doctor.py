@@ -14,7 +14,7 @@ import msgspec
 from troupe.cli.commands import fail, report_errors
 from troupe.runtime import linux_cpu
 from troupe.runtime.machine import device_name, memory_gb, missing_backend, processors
-from troupe.runtime.terminal import EXIT_BAD_INPUT, tell, tell_json
+from troupe.runtime.terminal import EXIT_BAD_INPUT, tell, tell_json, tell_rows
 
 _SLOW_GFLOPS = 20.0
 _SIZE, _REPEATS = 768, 5
@@ -35,7 +35,7 @@ def doctor(*, fits: bool, as_json: bool) -> None:
     if as_json:
         tell_json(msgspec.json.encode(report).decode())
     else:
-        tell(describe(report))
+        tell_rows(describe(report))
 
 
 def tell_fits(*, as_json: bool) -> None:

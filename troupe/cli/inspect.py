@@ -9,6 +9,7 @@ import msgspec
 
 from troupe.cli.blocks import newest_extremes, print_blocks, show_completions, show_overview
 from troupe.cli.commands import Number, report_errors
+from troupe.cli.rows import RowOrder, tell_rows
 from troupe.errors import InputError, OutputError
 from troupe.messages import ClosedState, FinishReason
 from troupe.records.export import export
@@ -49,6 +50,13 @@ _ANY_WHOLE = click.IntRange(min=0, max=2**63 - 1)
 @click.option("--row", type=_ANY_WHOLE, metavar="R", help="Only those to the prompt of this dataset row, from 0.")
 @click.option("--text", metavar="TEXT", help="Only those that hold this text, in letters of either case.")
 @click.option("--prompt", metavar="TEXT", help="Only those to prompts that hold this text.")
+@click.option("--rows", is_flag=True, help="What became of each row of the dataset: pass rates, pool, lengths.")
+@click.option(
+    "--sort",
+    type=click.Choice(get_args(RowOrder)),
+    help="With --rows: which come first.  [default: pass-rate, the lowest first]",
+)
+@click.option("--limit", type=_COUNT, metavar="K", help="With --rows: so many.  [default: 20; all with --json]")
 @click.option("--full", is_flag=True, help="Long texts of a conversation, such as results of tools, whole.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, or one a completion.")
 @click.option("--jsonl", type=_PATH, metavar="FILE", help="Write all that is stored of those that fit, as --json does.")
@@ -68,6 +76,9 @@ def inspect(
     as_json: bool,
     jsonl: Path | None,
     table: Path | None,
+    rows: bool,
+    sort: RowOrder | None,
+    limit: int | None,
     **asked: Any,
 ) -> None:
     """Look into a run, also while it goes on: what happened, and what the policy wrote for which reward.
@@ -79,7 +90,15 @@ def inspect(
     file = jsonl or table
     if jsonl is not None and table is not None:
         raise InputError("--jsonl and --export: give one of them")
+    if not rows and (sort is not None or limit is not None):
+        raise InputError(f"{'--limit' if sort is None else '--sort'}: this goes with --rows")
     with open_store(out) as run:
+        if rows:
+            reward = asked.pop("reward")
+            if full or any(value is not None for value in (file, step, *chosen.values(), *asked.values())):
+                raise InputError("--rows: of the other options --reward, --sort, --limit and --json go with it")
+            tell_rows(run, out, reward=reward, order=sort or "pass-rate", limit=limit, as_json=as_json)
+            return
         if file is None and step is None and not any(v is not None for v in (*chosen.values(), *asked.values())):
             tell_overview(run, out, as_json=as_json, full=full)
             return

@@ -13,7 +13,8 @@ from troupe.runtime.machine import VERSION, missing_backend
 from troupe.runtime.terminal import EXIT_BAD_INPUT
 
 _LOADED = {
-    name: name for name in ("train", "generate", "inspect", "report", "doctor", "fuse", "worker", "cluster", "runs")
+    name: name
+    for name in ("train", "generate", "inspect", "report", "doctor", "fuse", "worker", "cluster", "runs", "compare")
 } | {"eval": "evaluate"}
 """Command → the file of this room, and the name in it."""
 

@@ -1,4 +1,4 @@
-"""`troupe report`: one HTML page about a run."""
+"""`troupe report`: one HTML page about a run, or about several."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,9 +7,13 @@ import click
 
 from troupe.cli.commands import report_errors
 from troupe.daemon.control.protocol import NobodyThereError, Reply, Request, ask
-from troupe.errors import OutputError, TroupeError
+from troupe.errors import InputError, OutputError, TroupeError
 from troupe.messages import GetStatus, Status
-from troupe.records.layout import REPORT
+from troupe.records.browse import part_in
+from troupe.records.compare.listing import runs_meant
+from troupe.records.compare.page import compare_page
+from troupe.records.compare.runs import read_runs
+from troupe.records.layout import COMPARED, REPORT
 from troupe.records.report.page import report_page
 from troupe.records.report.picture import read_run
 from troupe.runtime.files import drafted
@@ -19,28 +23,41 @@ _ANSWER_S = 5.0
 """For how long a live run is asked what it does."""
 
 
-@click.command(short_help="Write an HTML page about a run.")
-@click.argument("folder", metavar="OUT_DIR", type=click.Path(path_type=Path))
+@click.command(short_help="Write an HTML page about a run, or several.")
+@click.argument("folders", metavar="OUT_DIR...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
-    "--out", type=click.Path(path_type=Path), metavar="FILE.html", help="The page.  [default: OUT_DIR/report.html]"
+    "--out",
+    "-o",
+    type=click.Path(path_type=Path),
+    metavar="FILE.html",
+    help=f"The page.  [default: OUT_DIR/{REPORT}; of several runs, {COMPARED} here]",
 )
-@click.option("--png", is_flag=True, help="Write the charts as pictures, too, into a folder beside the page.")
+@click.option("--png", is_flag=True, help="Write the charts of a run as pictures, too, into a folder beside the page.")
 @report_errors
-def report(folder: Path, *, out: Path | None, png: bool) -> None:
+def report(folders: tuple[Path, ...], *, out: Path | None, png: bool) -> None:
     """Write one HTML page about the run in OUT_DIR, also while it goes on or after a crash.
 
-    The page needs no network and no other file: it can be sent to somebody.
+    Of several runs, or of a folder that several lie in, the page has their curves over each other, the settings that
+    differ, and what they answered to the same prompts. It needs no network and no other file, so it can be sent to
+    somebody.
     """
-    page = folder / REPORT if out is None else out
+    runs = runs_meant(folders)
+    page = out or (runs[0] / REPORT if len(runs) == 1 else Path(COMPARED))
     if page.suffix not in (".html", ".htm"):
         raise OutputError(f"{page}: the page is HTML; give a name that ends in .html")
+    if len(runs) > 1:
+        if png:
+            raise InputError("--png: pictures are made of one run; the page of several saves each chart as one itself")
+        write_page(page, compare_page(read_runs(runs, ask_status)))
+        tell(f"{page}")
+        return
     if png:
         from troupe.records.report.images import require_matplotlib
 
         require_matplotlib()
-    status, notes = ask_status(folder)
-    run = read_run(folder, status, notes)
-    write_page(page, report_page(run))
+    status, notes = ask_status(runs[0])
+    run = read_run(runs[0], status, notes)
+    write_page(page, report_page(run, part_in(runs[0])))
     tell(f"{page}")
     if png:
         from troupe.records.report.images import write_pictures

@@ -1,5 +1,6 @@
 """`troupe runs`: the runs in a folder, a line each."""
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +12,9 @@ from troupe.cli.commands import report_errors
 from troupe.cli.status import duration
 from troupe.cli.tables import Column, screen_width, table
 from troupe.records.compare.listing import Ends, ListedRun, find_runs, list_run
+from troupe.records.compare.words import figure_told
 from troupe.records.text import MISSING
+from troupe.records.trend import area
 from troupe.runtime.terminal import tell, tell_json
 
 _COLUMNS = (
@@ -19,14 +22,18 @@ _COLUMNS = (
     Column("state"),
     Column("steps", right=True, goes=2),
     Column("reward", goes=1),
-    Column("held-out", goes=3),
-    Column("when", goes=4),
-    Column("took", right=True, goes=5),
-    Column("data", goes=6),
-    Column("model", goes=7),
-    Column("seed", right=True, goes=8),
+    Column("trend", goes=5),
+    Column("held-out", goes=4),
+    Column("diagnosis", goes=3),
+    Column("when", goes=6),
+    Column("took", right=True, goes=7),
+    Column("data", goes=8),
+    Column("model", goes=9),
+    Column("seed", right=True, goes=10),
 )
 _DAY_S = 86_400.0
+_TREND = 12
+"""Letters."""
 
 
 def _last(ends: Ends) -> float:
@@ -69,7 +76,7 @@ def runs(folder: Path, *, sort: str, as_json: bool) -> None:
     if not found:
         tell(f"{folder}: there is no run in this folder, or in those in it")
         return
-    for line in show_runs(found, screen_width(), time.time()):
+    for line in show_runs(found, screen_width(), time.time(), sys.stdout.encoding):
         tell(line)
 
 
@@ -77,14 +84,14 @@ def _name(run: Path, folder: Path) -> str:
     return run.absolute().name if run == folder else str(run.relative_to(folder))
 
 
-def show_runs(found: Sequence[ListedRun], width: int, now_s: float) -> list[str]:
+def show_runs(found: Sequence[ListedRun], width: int, now_s: float, encoding: str = "utf-8") -> list[str]:
     """The table of the runs, and below it what is to be known of some. `now_s`: unix seconds."""
-    rows = [_row(run, now_s) for run in found]
+    rows = [_row(run, now_s, encoding) for run in found]
     notes = [f"{run.name}: {run.note}" for run in found if run.note and run.state is not None]
     return [*table(_COLUMNS, rows, width), *([""] if notes else []), *notes]
 
 
-def _row(run: ListedRun, now_s: float) -> list[str]:
+def _row(run: ListedRun, now_s: float, encoding: str) -> list[str]:
     if run.state is None:
         return [run.name, f"damaged: {run.note}"]
     of = "" if run.total_steps is None else f"/{run.total_steps:,}"
@@ -93,7 +100,9 @@ def _row(run: ListedRun, now_s: float) -> list[str]:
         run.state,
         f"{run.step:,}{of}",
         _ends(run.reward),
+        area(run.trend, _TREND, encoding=encoding)[0] if len(run.trend) > 1 else "",
         _ends(run.held_out, run.held_out_metric),
+        _findings(run.findings),
         _when(run.newest_unix_s, now_s),
         "" if run.seconds is None else duration(run.seconds),
         run.data or "",
@@ -110,7 +119,12 @@ def _ends(ends: Ends, metric: str | None = None) -> str:
 def _figure(value: float | None, metric: str | None) -> str:
     if value is None:
         return MISSING
-    return f"{100 * value:.1f} %" if metric == "accuracy" else f"{value:.3g}".replace("-", "−")
+    return figure_told((metric or "").rpartition("/")[2], value)
+
+
+def _findings(rules: Sequence[str]) -> str:
+    """The first, and how many more."""
+    return "" if not rules else rules[0] if len(rules) == 1 else f"{rules[0]} (+{len(rules) - 1})"
 
 
 def _when(unix_s: float | None, now_s: float) -> str:

@@ -1,21 +1,50 @@
 """A run's status as a person reads it at a glance."""
 
+import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import msgspec
 
 from troupe.messages import NOTHING_TOLD, LiveGroup, MemberStatus, Status
+from troupe.records.diagnosis import in_full
+from troupe.records.evaluations import read_evaluations
 from troupe.records.figures import FIGURES, function_of, written
+from troupe.records.held_out import HeldOut
 from troupe.records.members import called, summary, told, worth_telling
-from troupe.runtime.terminal import one_line
+from troupe.records.trend import Trend, area, stored_rewards, trend_of
+from troupe.runtime.terminal import arrows, one_line
 
 _WIDTH = 14
 """Of the labels."""
+_CURVE_WIDTH = 30
+"""Of the reward, in letters, at most."""
 _MOST_MEMBERS = 32
 """That have a line each."""
 
 
-def describe(status: Status, name: str) -> str:
-    """A Status as a person reads it at a glance: several lines, without a newline at the end."""
+class Past(msgspec.Struct, frozen=True, kw_only=True):
+    """What a run came to so far."""
+
+    reward: Trend = msgspec.field(default_factory=Trend)
+    held_out: HeldOut = msgspec.field(default_factory=HeldOut)
+    encoding: str = "utf-8"
+    """Of what is printed."""
+
+
+def read_past(folder: Path) -> Past:
+    """As far as the files in a run folder say it."""
+    held_out = HeldOut()
+    for evaluated in read_evaluations(folder):
+        held_out.add(evaluated.version, evaluated.name, evaluated.metrics)
+    reward = trend_of(stored_rewards(folder))
+    return Past(reward=reward, held_out=held_out, encoding=sys.stdout.encoding or "utf-8")
+
+
+def describe(status: Status, name: str, past: Past | None = None) -> str:
+    """A Status as a person reads it at a glance: several lines, without a newline at the end; what somebody should look
+    at comes first."""
     lines = [headline(status, name)]
 
     def add(label: str, text: str) -> None:
@@ -29,21 +58,17 @@ def describe(status: Status, name: str) -> str:
         add("restarting", f"start {failure.attempt} of {failure.limit} {when}; {failure.reason}")
     if status.activity is not None:
         add("now", status.activity.text)
-    lines += _members(status.members)
-    figures = [
-        f"{metric} {written(status.metrics[metric], figure.status)}"
-        for metric, figure in FIGURES.items()
-        if figure.status and metric in status.metrics
-    ]
-    for start in range(0, len(figures), 5):
-        add("newest step" if start == 0 else "", "  ".join(figures[start : start + 5]))
-    for key, value in sorted(status.metrics.items()):
-        if (function := function_of(key)) is not None:
-            add("reward", f"{function} {written(value, '.4f')}")
     for reason in status.held:
         add("held", reason)
     for reward, reason in status.rewards_down.items():
         add("down", f"{reward}: {reason}")
+    for finding in status.findings:
+        add("diagnosis", in_full(finding, name))
+    if status.incidents:
+        add("incidents", _counts(status.incidents))
+    lines += [] if past is None else describe_past(past)
+    lines += _figures(status.metrics)
+    lines += _members(status.members)
     if status.groups:
         add("groups", _groups(status.groups))
     for actor, what in status.doing.items():
@@ -51,9 +76,36 @@ def describe(status: Status, name: str) -> str:
             add(actor, what)
     if status.restarts:
         add("new actors", _counts(status.restarts))
-    if status.incidents:
-        add("incidents", _counts(status.incidents))
     return "\n".join(lines)
+
+
+def describe_past(past: Past) -> list[str]:
+    """The way of the reward: its first value, its newest, and a curve between; and of each set with held-out rows. No
+    line where there is nothing."""
+    held_out = [row("held-out", f"{name}  {told}".strip()) for name, told in past.held_out.lines(past.encoding)]
+    trend = past.reward
+    if trend.first is None or trend.newest is None:
+        return held_out
+    first, newest = (written(value, ".4f") for value in (trend.first, trend.newest))
+    if trend.steps[0] == trend.steps[1]:
+        return [row("reward", newest), *held_out]
+    [curve] = area(trend.values, min(_CURVE_WIDTH, len(trend.values)), encoding=past.encoding)
+    steps = f"steps {trend.steps[0]:,} to {trend.steps[1]:,}"
+    return [row("reward", f"{arrows(f'{first} → {newest}', past.encoding)}  {curve}  {steps}"), *held_out]
+
+
+def _figures(metrics: Mapping[str, float]) -> list[str]:
+    """Those of the newest step."""
+    told = [
+        f"{metric} {written(metrics[metric], figure.status)}"
+        for metric, figure in FIGURES.items()
+        if figure.status and metric in metrics
+    ]
+    lines = [row("" if at else "newest step", "  ".join(told[at : at + 5])) for at in range(0, len(told), 5)]
+    means = {name: value for key, value in sorted(metrics.items()) if (name := function_of(key)) is not None}
+    return lines + [
+        row("" if at else "rewards", f"{name} {written(means[name], '.4f')}") for at, name in enumerate(means)
+    ]
 
 
 def _members(members: Sequence[MemberStatus]) -> list[str]:

@@ -11,7 +11,8 @@ from rich.cells import cell_len, set_cell_size
 from troupe.runtime.terminal import one_line
 
 _GAP = "  "
-_ANY_WIDTH = 10_000
+ANY_WIDTH = 10_000
+"""Where lines are not cut."""
 
 
 class Column(msgspec.Struct, frozen=True):
@@ -29,7 +30,7 @@ class Column(msgspec.Struct, frozen=True):
 def screen_width() -> int:
     """Cells of the terminal's lines; what goes into a file or a pipe is not cut."""
     is_fixed = os.environ.get("COLUMNS", "").isdecimal()
-    return shutil.get_terminal_size().columns if is_fixed or sys.stdout.isatty() else _ANY_WIDTH
+    return shutil.get_terminal_size().columns if is_fixed or sys.stdout.isatty() else ANY_WIDTH
 
 
 def table(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int) -> Iterator[str]:
@@ -48,16 +49,26 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int) 
             yield _cut(_line([*cells, (row[-1], 0, False)]), width)
 
 
+def lines_width(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> int:
+    """Cells that a table with all its columns takes."""
+    cut = [_cut_to(columns, [one_line(cell) for cell in row]) for row in rows]
+    return _whole_width(columns, cut, range(len(columns)))
+
+
 def _that_fit(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int) -> list[int]:
     """The places of the columns that there is room for; those without anything in them are left out, too."""
     whole = [row for row in rows if len(row) == len(columns)]
     there = [at for at, column in enumerate(columns) if not column.goes or any(row[at] for row in whole)]
-    while sum(_width(columns, rows, at) + len(_GAP) for at in there) - len(_GAP) > width:
+    while _whole_width(columns, rows, there) > width:
         goes = max(there, key=lambda at: columns[at].goes)
         if not columns[goes].goes:
             break
         there.remove(goes)
     return there
+
+
+def _whole_width(columns: Sequence[Column], rows: Sequence[Sequence[str]], there: Sequence[int]) -> int:
+    return sum(_width(columns, rows, at) + len(_GAP) for at in there) - len(_GAP)
 
 
 def _width(columns: Sequence[Column], rows: Sequence[Sequence[str]], at: int) -> int:

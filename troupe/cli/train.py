@@ -26,6 +26,7 @@ from troupe.daemon.control.server import ControlServer
 from troupe.errors import InputError
 from troupe.policy import parameter_count
 from troupe.policy.adapter.modules import describe_adapter
+from troupe.records.diagnosis import in_a_line
 from troupe.run.config import RunConfig, config_table
 from troupe.run.folder_names import run_folder_named
 from troupe.run.memory import describe as describe_memory
@@ -130,8 +131,12 @@ def tell_result(result: RunResult) -> None:
     """Print what became of a run."""
     groups = ", ".join(f"{count} {state}" for state, count in sorted(result.closed_groups.items())) or "none"
     tell(f"{result.steps} of {result.total_steps} steps in {result.wall_s:.1f} s; groups: {groups}")
+    if result.stopped_early:
+        tell(result.stopped_early)
     if result.incidents:
         tell("incidents: " + ", ".join(f"{count} {kind}" for kind, count in sorted(result.incidents.items())))
+    if told := in_a_line(result.findings):
+        tell(f"diagnosis: {told}")
     for name, reason in result.switched_off_sinks.items():
         tell(f"the sink {name} was switched off: {reason}")
     if result.accuracy_before is not None and result.accuracy_after is not None:

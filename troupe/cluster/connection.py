@@ -206,7 +206,7 @@ class Connection:
         self._dialed, self._detail = dialed, ""
         self._changed.set()
         self._say("connected")
-        await dialed.until_ended()
+        await dialed.ended.wait()
 
     def _say(self, state: BusState) -> None:
         if state != self._state:

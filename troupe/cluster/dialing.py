@@ -24,7 +24,6 @@ Subscription: TypeAlias = Any
 DIAL_S = 8.0
 _FLUSH_S = 10
 _LEAVE_S = 0.3
-_LOOK_S = 0.2
 _PING_S, _PINGS = 5, 2
 """A server that answers so many pings not is gone; a cable may be pulled without a word."""
 _PENDING_BYTES = 16 * 1024 * 1024
@@ -97,14 +96,6 @@ class Dialed:
         self._all.append(self._subscribed[subject])
         await self._client.flush(_FLUSH_S)
 
-    async def until_ended(self) -> None:
-        """Wait for the end. The client is looked at besides: of an end while it closes or connects it does not tell."""
-        while not self.ended.is_set():
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self.ended.wait(), _LOOK_S)
-            if not self._client.is_connected:
-                self._end("the connection ended")
-
     async def unsubscribe(self, subject: str) -> None:
         """Hear no more of a subject."""
         with suppress(Exception):  # the connection has ended
@@ -122,7 +113,7 @@ class Dialed:
                 subscription._stop_processing()
 
     async def _watch(self) -> None:
-        """The client does not always tell that its connection has ended."""
+        """The client does not always tell that its connection has ended, such as while it connects or closes."""
         while self._client.is_connected:  # noqa: ASYNC110 - nobody tells
             await asyncio.sleep(_LOOK_S)
         self._end("the connection ended")

@@ -337,6 +337,8 @@ class Daemon:
     def _describe(self, end: Finished) -> str:
         if end.steps >= end.total_steps:
             return f"the run is complete: {end.steps} of {end.total_steps} steps, in {self._order.output}"
+        if end.stopped_early:
+            return f"{end.stopped_early}, in {self._order.output}"
         return f"ended after {end.steps} of {end.total_steps} steps; the same command goes on with it"
 
 

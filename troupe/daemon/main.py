@@ -71,6 +71,7 @@ async def _serve(order: Order, trainer: str, held: HeldFolder) -> int:
                 code = await daemon.run()
                 tasks.cancel_scope.cancel()
             if history is not None:
+                await history.look(folder)
                 history.end(daemon.outcome, well=code == 0)
             return code
 

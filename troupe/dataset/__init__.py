@@ -5,6 +5,7 @@ A *source* is a text that names prompts: a file (`.json`, `.jsonl`, `.csv`, `.ts
 token is sampled; whether a prompt fits the model is seen where it is tokenized.
 """
 
+from troupe.dataset.curriculum import CurriculumConfig
 from troupe.dataset.gym import stop_making_rows
 from troupe.dataset.prompts import PromptDataset
 from troupe.dataset.rows import RESERVED_COLUMNS, ROLES, PromptRow
@@ -15,6 +16,7 @@ __all__ = [
     "RESERVED_COLUMNS",
     "ROLES",
     "ChatMode",
+    "CurriculumConfig",
     "DataConfig",
     "PromptDataset",
     "PromptRow",

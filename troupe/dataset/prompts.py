@@ -102,6 +102,10 @@ class PromptDataset:
             digest.update(msgspec.msgpack.encode([row.prompt, row.columns], order="deterministic"))
         return digest.hexdigest()
 
+    def head(self, rows: int) -> PromptDataset:
+        """The first rows alone."""
+        return PromptDataset(self._rows[:rows], self.source, self.in_all)
+
     def batches(self, batch_size: int) -> Iterator[list[PromptRow]]:
         """Rows in order, `batch_size` at a time; the last batch may be shorter.
 

@@ -18,6 +18,7 @@ from troupe.grpo.batch_gradient import BatchGradient
 from troupe.grpo.config import LearnerConfig
 from troupe.grpo.log_probs import DifferentiatedByMlx, PolicyLogProbs
 from troupe.grpo.loss import EntropyControl, entropy_control, has_entropy_bonus
+from troupe.grpo.moved import Moved
 from troupe.grpo.optimizer import OptimizerState, adamw_update_in_place, clip_scale, global_norm
 from troupe.grpo.ranks import Ranks, check_alike
 from troupe.policy.network.tensors import Weights
@@ -31,7 +32,8 @@ class StepResult:
     optimizer_state: OptimizerState
     metrics: dict[str, float]
     """TRL's names where TRL has them: `loss`, `grad_norm` (before clipping), `learning_rate`, `entropy`, `kl`,
-    `clip_ratio/*`, `sampling/*`; and `nonfinite`, 1 where an update was skipped. Means over the passes."""
+    `clip_ratio/*`, `sampling/*`; `nonfinite`, 1 where an update was skipped; and `weights/moved`, which part of the
+    16-bit weights is another after all passes. Means over the passes."""
     updated: bool
     """Whether every pass made its update."""
 
@@ -78,7 +80,7 @@ def train_on_batch(
         on_part=on_part,
     )
     on_part("prepare")
-    control, adamw = entropy_control(state, config), _adamw_settings(config)
+    control, adamw, before = entropy_control(state, config), _adamw_settings(config), Moved(weights)
     new_weights, new_state = dict(weights), dict(state)
     state.clear()
     passes, updated = list[dict[str, float]](), True
@@ -94,7 +96,7 @@ def train_on_batch(
         new_state |= control.as_state(config)
         on_part("pass")
     check_alike(ranks, new_weights)
-    metrics = _summary(passes, rates, control, config, updated=updated)
+    metrics = _summary(passes, rates, control, config, updated=updated) | before.figures(new_weights)
     return StepResult(weights=new_weights, optimizer_state=new_state, metrics=metrics, updated=updated)
 
 

@@ -23,8 +23,10 @@ from troupe.messages.control import (
     Step,
     Stop,
 )
+from troupe.messages.curriculum import CurriculumState, Pool, RowRecord, StepRows
 from troupe.messages.episodes import Answer, ChatMessage, Episode, ToolCall, Turn
-from troupe.messages.evaluations import Evaluated, EvaluatedRow, EvaluatedSample
+from troupe.messages.evaluations import Evaluate, Evaluated, EvaluatedRow, EvaluatedSample
+from troupe.messages.findings import Finding
 from troupe.messages.groups import (
     FinishReason,
     Prompt,
@@ -48,6 +50,7 @@ from troupe.messages.steps import (
     Snapshot,
     Span,
     SpanKind,
+    TokenFigures,
     Unfinished,
     Update,
 )
@@ -63,12 +66,15 @@ __all__ = [
     "Checkpoint",
     "CheckpointWritten",
     "ClosedState",
+    "CurriculumState",
     "Done",
     "Drain",
     "Episode",
+    "Evaluate",
     "Evaluated",
     "EvaluatedRow",
     "EvaluatedSample",
+    "Finding",
     "FinishReason",
     "GetStatus",
     "GroupClosed",
@@ -83,6 +89,7 @@ __all__ = [
     "Past",
     "Pause",
     "Phase",
+    "Pool",
     "Prompt",
     "PromptText",
     "Refused",
@@ -92,6 +99,7 @@ __all__ = [
     "Resume",
     "Rollout",
     "RolloutGroup",
+    "RowRecord",
     "RowStart",
     "ScoredGroup",
     "Set",
@@ -104,7 +112,9 @@ __all__ = [
     "SpanKind",
     "Status",
     "Step",
+    "StepRows",
     "Stop",
+    "TokenFigures",
     "ToolCall",
     "Turn",
     "TurnTaken",

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from troupe.messages.evaluations import Evaluated
+from troupe.messages.findings import Finding
 from troupe.messages.groups import Slot
 from troupe.messages.members import MemberStatus
 
@@ -172,6 +173,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """What whoever looks at the run should see first, such as that it is ending and what can be done about it."""
     members: tuple[MemberStatus, ...] = ()
     """Who does work of the run in a process of its own, here or elsewhere; those that are gone stay for a while."""
+    findings: tuple[Finding, ...] = ()
+    """What the figures so far say is wrong, the most serious first."""
     evaluated: tuple[Evaluated, ...] = ()
     """The first and the newest evaluation of each set, without rows."""
 

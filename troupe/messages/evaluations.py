@@ -1,9 +1,21 @@
-"""Evaluated: what a version of the policy came to on one set of rows that it is not trained on."""
+"""Evaluate: a version of the policy is to be looked at; Evaluated: what it came to on one set of rows that it is not
+trained on."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import msgspec
+
+HELD_OUT = "held_out"
+"""Name of the set of `data.eval_path`."""
+
+
+class Evaluate(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Learner → Evaluator: look at a version. Its weights go by reference: never serialized."""
+
+    version: int
+    weights: Mapping[str, Any]
+    """Hugging Face tensor name → evaluated `mx.array`."""
 
 
 class EvaluatedSample(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

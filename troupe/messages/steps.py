@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from troupe.messages.curriculum import CurriculumState
+from troupe.messages.findings import Finding
 from troupe.messages.groups import ScoredGroup, Slot
 
 ClosedState = Literal["trained", "filtered", "stale", "quarantined"]
@@ -31,6 +33,8 @@ class Update(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Batches that the whole run will have."""
     metrics: dict[str, float]
     """Every metric of the step, under TRL's names where TRL has them."""
+    findings: tuple[Finding, ...] = ()
+    """What the figures so far say is wrong, the most serious first. Metrics adds them."""
 
 
 class OpenGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -84,7 +88,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     optimizer_state: dict[str, Any]
     """Flat name → evaluated `mx.array`: float32, but uint16 where it holds low halves of weights."""
     behind: Mapping[int, Mapping[str, Any]]
-    """Older policy versions that generation still needs (pinned, max_staleness ≥ 1): version → weights."""
+    """Older policy versions that generation (pinned, max_staleness ≥ 1) or an evaluation still needs: version →
+    weights."""
     reference: Mapping[str, Any] | None = None
     """Weights of the reference policy where it follows the policy; None where it is the model that the run began with,
     or where there is none."""
@@ -95,8 +100,19 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     metrics: Mapping[str, float] = {}
     """Mean of every metric over the steps since the snapshot before; empty where there was none."""
     unfinished: Unfinished = Unfinished()
+    curriculum: CurriculumState | None = None
+    """Where rows are chosen by what came of them."""
     final: bool = False
     """Whether the run ends here, so that the plain model folder `final/` is written too."""
+
+
+class TokenFigures(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What learning knows of each token of a completion; NaN where it was not learned from."""
+
+    entropies: tuple[float, ...]
+    """(T,) of the policy that the step began with, before each token, in nats."""
+    ratios: tuple[float, ...]
+    """(T,) by how much likelier than to the policy that sampled it each token is to the one that learned last."""
 
 
 class GroupClosed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
@@ -116,6 +132,8 @@ class GroupClosed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """(G,) Σ weight·score over the scores that are there; None where none is, or one is missing through a fault."""
     advantages: tuple[float, ...] | None = None
     """(G,) None where the group was not trained on."""
+    token_figures: tuple[TokenFigures | None, ...] = ()
+    """(G,) where they are kept."""
 
 
 class Settle(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):

@@ -27,6 +27,11 @@ class Curve(msgspec.Struct, frozen=True, kw_only=True):
     """The most."""
 
 
+_ELAPSED = "\0elapsed"
+"""What the time at a point is kept under, among the metrics."""
+_NOTHING = Curve(mean=())
+
+
 class Curves:
     """At most `most` points, each of so many steps, in ascending order; what is no finite number is left out.
 
@@ -127,6 +132,10 @@ class Thinned(msgspec.Struct, frozen=True, kw_only=True):
 
     steps: tuple[int, ...] = ()
     """The last step of each point."""
+    seconds: tuple[float | None, ...] = ()
+    """How long the run had trained at each point: Σ `step_time`; empty where no step says it."""
+    tokens: tuple[float | None, ...] = ()
+    """How many tokens it had trained on at each point: `num_tokens`; empty where no step says it."""
     steps_a_point: int = 1
     curves: dict[str, Curve] = {}
     sums: Sums = msgspec.field(default_factory=Sums)
@@ -142,14 +151,20 @@ class Thinner:
     def add(self, step: int, metrics: Metrics) -> None:
         """Take a step; one that is not past all before is left out."""
         if not self._curves.steps or step > self._curves.steps[-1]:
-            self._curves.add(step, metrics)
             self._sums.add(metrics)
+            self._curves.add(step, {**metrics, _ELAPSED: self._sums.seconds} if self._sums.seconds else metrics)
 
     def result(self) -> Thinned:
         """What all steps so far make."""
-        curves = self._curves
+        curves = self._curves.curves()
+        elapsed, tokens = curves.pop(_ELAPSED, _NOTHING), curves.get("num_tokens", _NOTHING)
         return Thinned(
-            steps=tuple(curves.steps), steps_a_point=curves.steps_a_point, curves=curves.curves(), sums=self._sums
+            steps=tuple(self._curves.steps),
+            seconds=elapsed.high or elapsed.mean,
+            tokens=tokens.high or tokens.mean,
+            steps_a_point=self._curves.steps_a_point,
+            curves=curves,
+            sums=self._sums,
         )
 
 

@@ -29,9 +29,10 @@ class Figure(msgspec.Struct, frozen=True):
     """Its chart's key in CHARTS."""
     name: str = ""
     """The name of its line in the chart; empty: the chart's title."""
-    of: Literal["step", "loss", "episodes", "machinery"] = "step"
-    """step: every step has it; loss: whether a step has it depends on the loss; episodes: where the policy acts;
-    machinery: of queues and of time."""
+    of: Literal["step", "loss", "episodes", "curriculum", "machinery"] = "step"
+    """step: every step has it; loss: whether a step has it depends on the loss, the weights or what is sampled;
+    episodes: where the policy acts; curriculum: where rows are drawn by their pass rates; machinery: of queues and of
+    time."""
 
 
 class ChartSpec(msgspec.Struct, frozen=True):
@@ -46,28 +47,29 @@ class ChartSpec(msgspec.Struct, frozen=True):
     least: float | None = 0.0
     """A value that the vertical axis reaches."""
     smooth: bool = True
+    bands: tuple[tuple[str, str], ...] = ()
+    """The metrics that are the lower and the upper edge of bands about the first line, the widest first."""
     spread: tuple[str, ...] = ()
-    """Metrics of which the first that is measured is the half width of a band about the first line."""
-    edges: tuple[str, ...] = ()
-    """The metrics that are the lower and the upper edge of such a band."""
+    """Where no such band is measured: metrics of which the first that is there is the half width of one, which ends
+    where the line itself is highest and lowest."""
     parts: bool = False
     """Whether the means of the reward functions belong to it."""
     of_names: tuple[str, str] | None = None
     """Every metric that begins and ends so is a line of it, named by what is between."""
-    empty: str = ""
-    """What is said where nothing is measured."""
 
 
 _SPREADS = "reward_std_within_groups", "reward_std"
-_LENGTHS = "completions/min_length", "completions/max_length"
+_LENGTHS = (("completions/min_length", "completions/max_length"),)
+_QUANTILES = ("reward/q10", "reward/q90"), ("reward/q25", "reward/q75")
 
 CHARTS = {
     "reward": ChartSpec(
         "Reward",
         "Reward",
-        "Weighted sum of all rewards: mean of a step, and about it the standard deviation within groups (where that is "
-        "not measured: over the batch).",
+        "Weighted sum of all rewards: mean of a step, and about it where 80 % and 50 % of its completions lie "
+        "(of runs of older versions: the standard deviation within groups).",
         least=None,
+        bands=_QUANTILES,
         spread=_SPREADS,
         parts=True,
     ),
@@ -90,20 +92,25 @@ CHARTS = {
         "Learning",
         "KL to the reference",
         "How far the policy has moved from where it began, nats a token.",
-        empty="not measured (learner.beta is 0)",
     ),
     "entropy": ChartSpec("Learning", "Entropy", "Nats a token: near 0 the policy writes the same again and again."),
     "clip_ratio": ChartSpec(
         "Learning", "Clipped tokens", "Part of the tokens whose ratio lies outside the clip range.", "percent"
     ),
     "grad_norm": ChartSpec("Learning", "Gradient norm", "Before clipping (learner.max_grad_norm)."),
+    "moved": ChartSpec(
+        "Learning",
+        "Weights that an update moves",
+        "Part of the 16-bit weights that are another number afterwards.",
+        "percent",
+    ),
     "learning_rate": ChartSpec("Learning", "Learning rate", "Of the step's last update.", "scientific", smooth=False),
     "advantages": ChartSpec("Learning", "Advantages", "Of the completions trained on."),
     "lengths": ChartSpec(
         "Completions",
         "Tokens a completion",
         "Mean, and between the shortest and the longest of a step.",
-        edges=_LENGTHS,
+        bands=_LENGTHS,
     ),
     "clipped_ratio": ChartSpec(
         "Completions", "Cut at the limit", "Part of the completions that did not end by themselves.", "percent"
@@ -114,11 +121,18 @@ CHARTS = {
         "Trained on; left out without signal; too old; too few scores.",
         smooth=False,
     ),
+    "pools": ChartSpec(
+        "Prompts",
+        "Rows by pool",
+        "By how often completions of a row pass; rows that were never seen are normal.",
+        smooth=False,
+    ),
+    "pool_shares": ChartSpec("Prompts", "Prompts by pool", "Where the rows of a step's groups came from.", "percent"),
     "turns": ChartSpec(
         "Episodes",
         "Turns an episode",
         "Mean, and between the least and the most of a step.",
-        edges=("turns/min", "turns/max"),
+        bands=(("turns/min", "turns/max"),),
     ),
     "observations": ChartSpec(
         "Episodes", "Tokens read", "What tools and environments answered in an episode; the policy did not write it."
@@ -187,6 +201,7 @@ _OF_SOME_LOSSES = (
     "clip_ratio/high_max",
     "vespo/phi_seq_mean",
 )  # fmt: skip
+_POOLS = ("easy", "normal", "hard", "retired")
 _BESIDE_DEVICE = {
     "environment": "environments", "reward": "rewards", "checkpoint": "checkpoints", "logging": "logging",
 }  # fmt: skip
@@ -198,6 +213,7 @@ FIGURES = {
     "reward_std": Figure(
         ".3f", "± over the batch", ("reward", "± in all"), status=".4f", chart="spread", name="over the batch"
     ),
+    **dict.fromkeys(("reward/q10", "reward/q25", "reward/q50", "reward/q75", "reward/q90"), Figure()),
     "frac_reward_zero_std": Figure(chart="no_signal", name="all rewards equal"),
     "loss": Figure("+.4f", "loss", ("learning", "loss"), status="+.4f", chart="loss"),
     "kl": Figure(".4f", "KL", ("learning", "KL"), status=".4f", chart="kl", of="loss"),
@@ -210,6 +226,7 @@ FIGURES = {
     "cispo_clip_ratio": Figure(chart="clip_ratio", name="clipped weight", of="loss"),
     "covariance/chosen": Figure(chart="clip_ratio", name="chosen by covariance", of="loss"),
     "grad_norm": Figure(".3f", "gradient norm", ("learning", "gradient"), status=".3f", chart="grad_norm"),
+    "weights/moved": Figure(chart="moved", of="loss"),
     "learning_rate": Figure(".2e", "learning rate", ("learning", "rate"), status=".2e", chart="learning_rate"),
     "advantages/abs_mean": Figure(chart="advantages", name="mean size"),
     "advantages/std": Figure(chart="advantages", name="spread"),
@@ -219,6 +236,7 @@ FIGURES = {
     "completions/max_length": Figure(",.0f", panel=("completions", "longest")),
     "completions/mean_terminated_length": Figure(chart="lengths", name="those that ended by themselves"),
     "completions/clipped_ratio": Figure(".1%", panel=("completions", "cut off"), chart="clipped_ratio"),
+    "completions/clipped_in_thoughts": Figure(chart="clipped_ratio", name="before </think>", of="loss"),
     "turns/mean": Figure(".1f", "turns", status=".1f", chart="turns", name="mean", of="episodes"),
     "observations/mean_tokens": Figure(chart="observations", name="tokens", of="episodes"),
     "tools/call_frequency": Figure(".2f", "calls", chart="calls", name="calls", of="episodes"),
@@ -234,6 +252,12 @@ FIGURES = {
     "groups/filtered": Figure(",.0f", panel=("completions", "no signal"), chart="groups", name="filtered"),
     "groups/stale": Figure(chart="groups", name="stale"),
     "groups/quarantined": Figure(",.0f", panel=("completions", "unscored"), chart="groups", name="quarantined"),
+    **{
+        f"curriculum/{pool}": Figure(",.0f", status=",.0f", chart="pools", name=pool, of="curriculum")
+        for pool in _POOLS
+    },
+    "curriculum/unseen": Figure(",.0f", chart="pools", name="never seen", of="curriculum"),
+    **{f"curriculum/share_{pool}": Figure(chart="pool_shares", name=pool, of="curriculum") for pool in _POOLS},
     "sampling/importance_sampling_ratio/mean": Figure(chart="importance_ratio"),
     "tokens_per_second": Figure(",.0f", "tokens/s", ("speed", "tokens/s"), status=",.0f", chart="tokens_per_second"),
     "step_time": Figure(
@@ -261,8 +285,10 @@ OF_EVERY_STEP = tuple(metric for metric, figure in FIGURES.items() if figure.of 
 LIVE = frozenset(
     {
         *(metric for metric, figure in FIGURES.items() if figure.status),
-        *(metric for key in (*OVERVIEW, *OF_EPISODES) for metric in (*CHARTS[key].spread, *CHARTS[key].edges)),
+        *(metric for key in (*OVERVIEW, *OF_EPISODES) for metric in CHARTS[key].spread),
+        *(metric for key in (*OVERVIEW, *OF_EPISODES) for band in CHARTS[key].bands for metric in band),
         *(metric for metric, figure in FIGURES.items() if figure.chart in OF_EPISODES),
+        "num_tokens",
     }
 )
 """What the live page keeps of a step, besides the means of the reward functions."""
@@ -275,8 +301,11 @@ def lines_of(key: str) -> list[tuple[str, str]]:
 
 def live_charts() -> list[dict[str, Any]]:
     """The most telling charts as the script of the live page takes them; `optional`: those that not every run has."""
-    told = [(key, {"lines": lines_of(key), "optional": key in OF_EPISODES}) for key in (*OVERVIEW, *OF_EPISODES)]
-    return [msgspec.to_builtins(CHARTS[key]) | more for key, more in told]
+    told = []
+    for key in (*OVERVIEW, *OF_EPISODES):
+        is_optional = not any(figure.of == "step" for figure in FIGURES.values() if figure.chart == key)
+        told.append(msgspec.to_builtins(CHARTS[key]) | {"key": key, "lines": lines_of(key), "optional": is_optional})
+    return told
 
 
 def written(value: float, spec: str, unit: str = "") -> str:

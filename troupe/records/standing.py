@@ -9,7 +9,7 @@ from typing import Any, Literal
 import msgspec
 
 from troupe.errors import InputError
-from troupe.records.layout import LOG, METRICS, RUN_TOML, SUMMARY
+from troupe.records.layout import LOG, METRICS, RUN_TOML, STORE, SUMMARY
 from troupe.runtime.guardian import SILENT
 from troupe.runtime.lock import read_owner
 
@@ -30,6 +30,7 @@ class Summary(msgspec.Struct):
     accuracy_after: float | None = None
     rewards_before: dict[str, float] = {}
     rewards_after: dict[str, float] = {}
+    stopped_early: str = ""
 
 
 class Change(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -57,7 +58,7 @@ class Standing(msgspec.Struct, frozen=True, kw_only=True):
     kept: bool = False
     """Whether a daemon kept it, which goes on with it."""
     reason: str | None = None
-    """Why it does not answer."""
+    """Why it does not answer; or, where it is complete before its last step, why."""
 
 
 def read_standing(folder: Path) -> Standing:
@@ -83,8 +84,8 @@ def _read_standing(folder: Path) -> Standing:
     if owner is not None and (owner.is_alive or not owner.is_here):
         fate = "playing" if silence is None else "silent"
     elif summary is not None and of is not None and summary.steps >= step:  # one that is older is of an earlier start
-        fate, step = ("complete" if summary.steps >= of else "ended"), summary.steps
-    elif owner is None and name is None and not (folder / METRICS).exists():
+        fate, step = ("complete" if summary.steps >= of or summary.stopped_early else "ended"), summary.steps
+    elif owner is None and name is None and not any((folder / file).exists() for file in (METRICS, STORE)):
         fate = "not begun"
     else:
         fate = "cut off"
@@ -96,8 +97,15 @@ def _read_standing(folder: Path) -> Standing:
         checkpoint=name,
         pid=None if owner is None else owner.pid,
         kept=(folder / LOG).is_file(),
-        reason=str(silence) if silence is not None and fate == "silent" else None,
+        reason=_reason(fate, silence, summary),
     )
+
+
+def _reason(fate: Fate, silence: "Silence | None", summary: Summary | None) -> str | None:
+    if silence is not None and fate == "silent":
+        return str(silence)
+    early = "" if summary is None or fate != "complete" else summary.stopped_early
+    return early or None
 
 
 def describe_standing(found: Standing) -> str:
@@ -108,7 +116,8 @@ def describe_standing(found: Standing) -> str:
     go_on = f"go on with: troupe {f'daemon {folder}' if found.kept else f'train -o {folder} --resume'}"
     match found.fate:
         case "complete":
-            return f"complete: {found.step}{of} steps"
+            early = f"; it ended early: {found.reason}" if found.reason else ""
+            return f"complete: {found.step}{of} steps{early}"
         case "ended":
             return f"ended after step {found.step}{of}; {go_on}"
         case "playing":

@@ -7,7 +7,7 @@ other. A score that is missing is left out, never 0; a row without any is left o
 import math
 import re
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from statistics import fmean, stdev
 from typing import Any, TypeAlias
@@ -19,9 +19,11 @@ from troupe.rewards.builtin import exact_answer_reward
 
 Scores: TypeAlias = Sequence[float | None]
 """Of the samples of a row."""
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_BEGIN, _END = "<answer>", "</answer>"
 _NUMBER = re.compile(r"[-+]?\d{1,30}(\.\d{0,30})?")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(\D|$))")
+_LONGEST_ANSWER = 1000
+"""Characters; what is longer is compared as it is."""
 _CONFIDENCE = 0.95
 
 
@@ -41,9 +43,9 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     """That both have a score of."""
     left_out: int
     """That only one has, or none."""
-    better: tuple[Hashable, ...]
+    better: tuple[Any, ...]
     """Rows whose mean score is higher with the second."""
-    worse: tuple[Hashable, ...]
+    worse: tuple[Any, ...]
     difference: float
     """Mean over rows of the second's mean score less the first's."""
     low: float | None
@@ -63,6 +65,21 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     def is_more_than_noise(self) -> bool:
         """Whether chance alone makes such a difference less than once in twenty times."""
         return self.p < 1 - _CONFIDENCE
+
+    @property
+    def counts(self) -> str:
+        """The rows in words."""
+        left_out = f", {self.left_out} left out (no score)" if self.left_out else ""
+        return f"{len(self.better)} rows better, {len(self.worse)} worse, {self.ties} equal{left_out}"
+
+    @property
+    def verdict(self) -> str:
+        """Whether the difference is more than noise, in words."""
+        if not self.better and not self.worse:
+            return f"no difference over {self.rows} rows"
+        test = "exact sign test" if self.test == "sign" else "paired t-test"
+        word = "more than noise" if self.is_more_than_noise else "this may be noise"
+        return f"{word}: p = {self.p:.2g}, {test} over {self.rows} rows"
 
 
 def over_rows(values: Sequence[float]) -> Estimate | None:
@@ -115,9 +132,12 @@ def answer_in(text: str) -> str:
     answer."""
     said = text.rpartition("</think>")[2]
     found = _boxed(said)
+    if found is None and (end := said.rfind(_END)) >= 0 and (begin := said.rfind(_BEGIN, 0, end)) >= 0:
+        found = said[begin + len(_BEGIN) : end]
     if found is None:
-        tagged = _ANSWER.findall(said)
-        found = tagged[-1] if tagged else said.rpartition("####")[2]
+        found = said.rpartition("####")[2]
+    if len(found) > _LONGEST_ANSWER:
+        return found
     answer = " ".join(found.strip().strip("$").split())
     plain = _THOUSANDS.sub("", answer)
     return str(Fraction(plain)) if _NUMBER.fullmatch(plain) else answer
@@ -172,14 +192,22 @@ def t_test(t: float, degrees: int) -> float:
 def figures_of(
     name: str, rows: Sequence[EvaluatedRow], *, passes_from: float = 1.0, pass_at_ks: Sequence[int] | None = None
 ) -> dict[str, float]:
-    """The metrics `eval/NAME/…` of an evaluated set; those that nothing is known of are left out.
+    """The metrics `eval/NAME/…` of an evaluated set: `figures` under its name."""
+    found = figures(rows, passes_from=passes_from, pass_at_ks=pass_at_ks)
+    return {f"eval/{name}/{key}": value for key, value in found.items()}
+
+
+def figures(
+    rows: Sequence[EvaluatedRow], *, passes_from: float = 1.0, pass_at_ks: Sequence[int] | None = None
+) -> dict[str, float]:
+    """What rows come to; what nothing is known of is left out.
 
     `avg@K`, `pass@k`, `maj@K` and `accuracy` each have a standard error beside them (`…_se`). K is the number of
     samples of a row; k is 1, 2, 4, … and K, or `pass_at_ks`. `length` is tokens, `clipped` and `missing` are shares of
     the samples: cut at the limit, and without a score. A reward that is called like one of these is `reward/NAME`.
     """
     most = max((len(row.samples) for row in rows), default=0)
-    ks = pass_at_ks if pass_at_ks is not None else powers_up_to(most)
+    ks = powers_up_to(most) if pass_at_ks is None else pass_at_ks
     scores = [[sample.score for sample in row.samples] for row in rows]
     estimates = {f"avg@{most}": average(scores)}
     estimates |= {f"pass@{k}": pass_at(scores, k, passes_from) for k in ks}
@@ -188,20 +216,29 @@ def figures_of(
         votes = [([s.text for s in row.samples], [s.score for s in row.samples]) for row in answered]
         estimates[f"maj@{most}"] = majority(votes, passes_from)
     estimates["accuracy"] = average(_exactly(row) for row in answered)
-    figures = {}
+    found = {}
     for key, estimate in estimates.items():
         if estimate is not None:
-            figures[key] = estimate.mean
-            figures |= {} if estimate.se is None else {f"{key}_se": estimate.se}
+            found[key] = estimate.mean
+            found |= {} if estimate.se is None else {f"{key}_se": estimate.se}
     samples = [sample for row in rows for sample in row.samples]
     if samples:
-        figures["length"] = fmean(sample.tokens for sample in samples)
-        figures["clipped"] = fmean(sample.finish_reason == "length" for sample in samples)
-        figures["missing"] = fmean(sample.score is None for sample in samples)
-    for reward in dict.fromkeys(reward for sample in samples for reward in sample.scores):
-        if known := _known([sample.scores.get(reward) for sample in samples]):
-            figures[f"reward/{reward}" if reward in figures else reward] = fmean(known)
-    return {f"eval/{name}/{key}": value for key, value in figures.items()}
+        found["length"] = fmean(sample.tokens for sample in samples)
+        found["clipped"] = fmean(sample.finish_reason == "length" for sample in samples)
+        found["missing"] = fmean(sample.score is None for sample in samples)
+    for reward, mean in reward_means(rows).items():
+        if mean is not None:
+            found[f"reward/{reward}" if reward in found else reward] = mean
+    return found
+
+
+def reward_means(rows: Iterable[EvaluatedRow]) -> dict[str, float | None]:
+    """Reward → its mean over the samples that it scored; None where it scored none."""
+    columns: dict[str, list[float]] = {}
+    for sample in (sample for row in rows for sample in row.samples):
+        for reward, score in sample.scores.items():
+            columns.setdefault(reward, []).extend(_known([score]))
+    return {reward: fmean(known) if known else None for reward, known in columns.items()}
 
 
 def scores_by_row(rows: Iterable[EvaluatedRow], reward: str | None = None) -> dict[int, Scores]:

@@ -115,6 +115,8 @@ OTHER_COMMANDS = (
     _a("normalize_advantages norm_adv_by_std_in_grpo", "learner.scale_rewards", '`"batch"`, and `"group"` or `"none"`'),
     _a("loss_mode", "learner.loss_type", "`clip_cov` and `kl_cov` too; `dppo_tv` is `dppo`, `vanilla` is `dapo`"),
     _a("clip_ratio_low clip_ratio_high", "learner.epsilon learner.epsilon_high"),
+    _a("easy_fraction hard_fraction", "curriculum.easy_weight curriculum.hard_weight", "of a row, not of a batch"),
+    _a("online_difficulty_filtering filter_groups", "learner.dynamic_sampling"),
     _a("kl_tau", "learner.dppo_kl_tau"),
 )
 
@@ -139,8 +141,7 @@ MLX_LM_LORA = (
     ),
     _a("--reward-weights", "rewards.weights"),
     _a("--grad-checkpoint", "learner.gradient_checkpointing"),
-    _a("--gradient-accumulation-steps", "learner.gradient_accumulation_steps", "splits the batch"),
-    _a("--grad-accumulation-steps", "learner.gradient_accumulation_steps", "likewise"),
+    _a("--gradient-accumulation-steps --grad-accumulation-steps", "learner.gradient_accumulation_steps", "splits it"),
     _a("--save-every", "checkpoint.every"),
     _a("--adapter-path", "adapter.resume_from", "to use one, or to begin with it; what a run makes is in its `final/`"),
     _a("--resume-adapter-file", "adapter.resume_from", "an adapter's folder; `--resume` goes on with a run"),
@@ -305,7 +306,6 @@ def _meanings() -> dict[str, Meaning]:
 
 _MEANINGS = _meanings()
 _FAMILIES = {name.removesuffix("…"): meaning for name, meaning in _MEANINGS.items() if name.endswith("…")}
-
 
 _LINK = re.compile(r"\[([^\]]+)\]\([^)]+\)")
 

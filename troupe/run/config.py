@@ -7,15 +7,16 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import msgspec
 import tomli_w
 
+from troupe.actors.evaluator.settings import EvaluationConfig
 from troupe.actors.schedule import ScheduleConfig
 from troupe.checkpoint import CheckpointConfig
 from troupe.cluster.settings import ClusterConfig
-from troupe.dataset import DataConfig, anchored_source
+from troupe.dataset import CurriculumConfig, DataConfig, anchored_source
 from troupe.environments.settings import EnvironmentConfig
 from troupe.errors import ConfigError
 from troupe.grpo import LearnerConfig
@@ -28,8 +29,10 @@ from troupe.run.daemon_settings import DaemonConfig
 from troupe.run.folder_names import moved_demo_file, policy_folder
 from troupe.run.tables import (
     anchored_environment,
+    anchored_evaluation,
     anchored_reward,
     anchored_schedule,
+    choices_of,
     copied,
     lay_over,
     says,
@@ -65,11 +68,13 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     model: ModelConfig = ModelConfig()
     adapter: AdapterConfig = AdapterConfig()
     data: DataConfig = DataConfig()
+    curriculum: CurriculumConfig = CurriculumConfig()
     generation: GenerationConfig = GenerationConfig()
     rewards: RewardsConfig = RewardsConfig()
     environment: EnvironmentConfig = EnvironmentConfig()
     learner: LearnerConfig = LearnerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
     daemon: DaemonConfig = DaemonConfig()
@@ -228,7 +233,11 @@ def _anchor_paths(table: dict[str, Any], base: Path) -> None:
     rewards = table.get("rewards")
     if isinstance(rewards, dict) and isinstance(rewards.get("functions"), list | tuple):
         rewards["functions"] = [anchored_reward(spec, base) for spec in rewards["functions"]]
-    for section, anchored in (("environment", anchored_environment), ("schedule", anchored_schedule)):
+    for section, anchored in (
+        ("environment", anchored_environment),
+        ("evaluation", anchored_evaluation),
+        ("schedule", anchored_schedule),
+    ):
         if isinstance(table.get(section), dict):
             table[section] = anchored(table[section], base)
 
@@ -287,27 +296,11 @@ def _convert(table: dict[str, Any], sources: _Sources) -> RunConfig:
             is_section = key in RunConfig.__struct_fields__
             source = sources.of_relation(message, key) if is_section else sources.of(key)
             raise ConfigError(f"{source}: {key}: {message}") from None
-        if choices := _choices(key):
+        if choices := choices_of(RunConfig, key):
             message = f"give one of {', '.join(map(repr, choices))}"
         elif message.startswith("expected a table") and (meaning := ours_for(key, known_keys())) is not None:
             message += f"; {describe_meaning(meaning)}"
         raise ConfigError(f"{sources.of(key)}: {key} is {value!r}: {message}") from None
-
-
-def _choices(key: str) -> list[Any]:
-    """The values that a key admits, where it is one of a few."""
-    kind: Any = RunConfig
-    for part in key.split("."):
-        kind = get_type_hints(kind)[part.partition("[")[0]] if hasattr(kind, "__struct_fields__") else None
-    pending: list[Any] = [kind]
-    found: list[Any] = []
-    while pending:
-        kind = pending.pop()
-        if get_origin(kind) is Literal:
-            found += get_args(kind)
-        else:
-            pending += get_args(kind)
-    return found
 
 
 def _refuse_nonfinite(value: Any, sources: _Sources, path: str) -> None:

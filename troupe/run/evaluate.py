@@ -1,266 +1,249 @@
-"""Completions and their scores without actors: evaluation, and one step's batch as plain arrays.
-
-The same engine, rewards and batch as in a run, called one after the other.
-"""
+"""Evaluation without a run: every row of a dataset completed by a model and scored, which `troupe eval` tells of."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import anyio
 import anyio.to_thread
-import mlx.core as mx
 import msgspec
 
-from troupe.actors.learner.batch import as_rollouts, assemble
+from troupe.actors.evaluator.decoding import EvalSet, RowPrompts, row_of
+from troupe.actors.evaluator.rows import evaluated_row
+from troupe.actors.evaluator.settings import HELD_OUT, EvaluationSet
 from troupe.actors.schedule import tokenize_prompts
 from troupe.dataset import DataConfig, PromptDataset, stop_making_rows
 from troupe.environments.settings import EnvironmentConfig
-from troupe.errors import InputError
-from troupe.grpo import LearnerConfig
-from troupe.messages import Incident, Prompt, PromptText, RolloutGroup, ScoredGroup, Slot
-from troupe.policy import (
-    CompletedGroup,
-    GenerationConfig,
-    Policy,
-    RolloutRequest,
-    load_policy,
-    opened_thought,
+from troupe.errors import ConfigError
+from troupe.messages import Evaluate, EvaluatedRow, Incident
+from troupe.policy import GenerationConfig, Policy, load_policy, opened_thought
+from troupe.policy.decode.sampling import GREEDY_BELOW
+from troupe.rewards import Reward, RewardManager, RewardsConfig
+from troupe.rewards.estimates import figures, reward_means
+from troupe.run.acting import (
+    NOTHING_GIVEN,
+    Acting,
+    ActingSetup,
+    ActingWorld,
+    default_rewards,
+    load_acting,
+    make_rewards,
 )
-from troupe.rewards import Reward, RewardManager, RewardsConfig, exact_answer_reward
-from troupe.run.acting import NOTHING_GIVEN, Acting, ActingSetup, default_rewards, load_acting, make_rewards
-from troupe.run.held_out import HeldOutEpisodes, number_of_row
+from troupe.run.decoders import make_decoder
 from troupe.run.status import Progress
 from troupe.runtime.device import DeviceThread
-
-
-class GroupBatch(msgspec.Struct, frozen=True, kw_only=True):
-    """One step's batch: B = prompts × G rows, P and T the longest prompt and completion, evaluated arrays."""
-
-    prompt_ids: mx.array
-    """(B, P) int32, padded on the left."""
-    completion_ids: mx.array
-    """(B, T) int32, padded on the right."""
-    completion_mask: mx.array
-    """(B, T) float32, 1 on completion tokens."""
-    rewards: mx.array
-    """(B,) float32 weighted sum of the scores; NaN where no reward gave one, or one is missing through a fault."""
-    advantages: mx.array
-    """(B,) float32."""
-    old_log_probs: mx.array
-    """(B, T) float32, in nats, under the temperature-scaled distribution of the policy that generated."""
-    texts: tuple[str, ...]
-    """(B,) the completions decoded."""
-    metrics: dict[str, float]
+from troupe.runtime.reporter import Reporter
 
 
 class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
-    """What greedy completions of a dataset are worth."""
+    """What completions of a dataset are worth."""
 
-    rows: int
-    accuracy: float | None
-    """Share of completions that equal the row's `answer`, over the rows that have one; None where none has."""
-    rewards: dict[str, float]
-    """Mean score of each reward over the rows that it scored; NaN where it scored none."""
-    completions: tuple[str, ...]
+    table: tuple[EvaluatedRow, ...]
+    """Every row with its samples, in order."""
+    figures: dict[str, float] = {}
+    """`avg@K`, `pass@k`, `maj@K` and `accuracy`, each with its standard error (`…_se`), `length`, `clipped`, `missing`,
+    and the mean of each reward."""
     incidents: tuple[Incident, ...] = ()
     """Why scores are missing."""
+
+    @property
+    def rows(self) -> int:
+        """How many there are."""
+        return len(self.table)
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of completions that equal the row's `answer`, over the rows that have one; None where none has."""
+        return self.figures.get("accuracy")
+
+    @property
+    def rewards(self) -> dict[str, float]:
+        """Mean score of each reward over the completions that it scored; NaN where it scored none."""
+        return {name: math.nan if mean is None else mean for name, mean in reward_means(self.table).items()}
 
     @property
     def scored(self) -> dict[str, float]:
         """Mean score of each reward that scored anything."""
         return {name: mean for name, mean in self.rewards.items() if not math.isnan(mean)}
 
+    @property
+    def completions(self) -> tuple[str, ...]:
+        """The texts, row by row, sample by sample."""
+        return tuple(sample.text for row in self.table for sample in row.samples)
 
-async def generate_and_score(
-    policy: Policy,
-    prompts: Sequence[PromptText | Mapping[str, Any]],
-    rewards: Reward | Sequence[Reward],
+
+class Questions(msgspec.Struct, frozen=True, kw_only=True):
+    """What models are asked, and how: checked, and the same for each of them."""
+
+    rows: PromptDataset
+    rewards: tuple[str | Reward, ...]
+    data: DataConfig
+    settings: EvaluationSet
+    generation: GenerationConfig
+    """With the settings of the set."""
+    scoring: RewardsConfig
+    pass_at: tuple[int, ...] | None
+    """Each k of pass@k; None: powers of 2."""
+    seed: int
+    world: ActingWorld | None
+
+    def manager(self) -> RewardManager:
+        """The rewards, not started."""
+        manager = make_rewards(self.rewards, self.scoring, self.world, [self.rows])
+        manager.check_columns(self.rows.columns)
+        return manager
+
+    def worth(self, table: Sequence[EvaluatedRow], incidents: tuple[Incident, ...] = ()) -> Evaluation:
+        """What all rows come to."""
+        found = figures(table, passes_from=self.settings.passes_from, pass_at_ks=self.pass_at)
+        return Evaluation(table=tuple(table), figures=found, incidents=incidents)
+
+
+async def ask(
+    dataset: str | Path,
+    rewards: Sequence[str | Reward] = (),
     *,
+    data: DataConfig | None = None,
     generation: GenerationConfig | None = None,
-    learner: LearnerConfig | None = None,
+    scoring: RewardsConfig | None = None,
+    num_samples: int = 1,
+    passes_from: float = 1.0,
+    pass_at: Sequence[int] | None = None,
+    limit: int | None = None,
     seed: int = 0,
-    step: int = 0,
-) -> GroupBatch:
-    """Complete each prompt `generation.num_generations` times, score, and compute advantages.
+    environment: EnvironmentConfig | None = None,
+    acting: Acting = NOTHING_GIVEN,
+) -> Questions:
+    """Read the rows and load what scores them. Without rewards the rows must say what is right (`default_reward`).
 
-    `prompts` are texts, message lists, or mappings with "prompt" and the columns that the rewards want.
-    Raises DatasetError for a prompt that does not fit the model, RewardError for a reward that breaks its contract.
+    `data` says how rows are read, as in a run; its paths do not count. `generation`: None is greedy, up to 256 tokens.
+    `passes_from`: the score from which a completion passes; `pass_at`: each k of pass@k. `limit`: only the first rows.
+    `environment` and `acting`: what a policy acts with, if it does. Raises InputError.
     """
-    generation = generation or GenerationConfig()
-    learner = learner or LearnerConfig()
-    dataset = PromptDataset.from_rows([p if isinstance(p, Mapping) else {"prompt": p} for p in prompts], "prompts")
-    limit = policy.config.max_position_embeddings - 1
-    prompt_ids = tokenize_prompts(
-        dataset, policy.tokenizer, DataConfig(), max_tokens=limit, vocab_size=policy.config.vocab_size
+    generation = generation or GenerationConfig(temperature=0.0, max_completion_length=256)
+    if num_samples > 1 and generation.temperature < GREEDY_BELOW:
+        raise ConfigError(
+            f"{num_samples} samples a row at temperature {generation.temperature:g} are all alike; give a temperature "
+            "(1.0 is usual), or one sample"
+        )
+    data = data or DataConfig()
+    rows = await _loaded(dataset, data, limit)
+    environment = environment or EnvironmentConfig()
+    if environment.run == "worker":  # there is no run here that workers could join
+        environment = msgspec.structs.replace(environment, run="process")
+    world = load_acting(environment, acting)
+    settings = EvaluationSet(
+        name=HELD_OUT,
+        path=str(dataset),
+        num_samples=num_samples,
+        temperature=generation.temperature,
+        limit=limit,
+        passes_from=passes_from,
     )
-    async with RewardManager(rewards) as manager, DeviceThread("rollouts") as device:
-        manager.check_columns(dataset.columns)
-        groups = await _complete(policy, dataset, prompt_ids, range(len(dataset)), generation, device, (seed, step))
-        results = await manager.score_groups(groups)
-        scored = [
-            ScoredGroup(group=group, scores=result.scores, logged=result.metrics, faulted=result.faulted)
-            for group, result in zip(groups, results, strict=True)
-        ]
-        weights = dict(zip(manager.names, manager.weights, strict=True))
-        totals = [reward for result in results for reward in result.rewards]
-
-        def to_arrays() -> GroupBatch:
-            learned = assemble(scored, learner, weights=weights, pad_id=policy.pad_id)
-            return GroupBatch(
-                prompt_ids=learned.batch.prompt_ids,
-                completion_ids=learned.batch.completion_ids,
-                completion_mask=learned.batch.completion_mask,
-                rewards=mx.array([float("nan") if total is None else total for total in totals]),
-                advantages=learned.batch.advantages,
-                old_log_probs=learned.batch.sampling_log_probs,
-                texts=tuple(rollout.text for group in groups for rollout in group.rollouts),
-                metrics=learned.metrics,
-            )
-
-        return await device.run(to_arrays)
+    questions = Questions(
+        rows=rows,
+        rewards=tuple(rewards) or (default_rewards(rows, world),),
+        data=data,
+        settings=settings,
+        generation=settings.generation(generation),
+        scoring=scoring or RewardsConfig(),
+        pass_at=None if pass_at is None else tuple(pass_at),
+        seed=seed,
+        world=world,
+    )
+    questions.manager()
+    return questions
 
 
-async def evaluate(
-    policy: Policy,
-    dataset: PromptDataset,
-    prompt_ids: Sequence[tuple[int, ...]],
+async def answer(
+    model: str | Path,
+    questions: Questions,
     *,
-    generation: GenerationConfig,
-    device: DeviceThread,
-    rewards: RewardManager | None = None,
-    seed: int = 0,
+    adapter: str | Path | None = None,
+    dtype: str | None = None,
     progress: Progress | None = None,
-    tell: Callable[[Incident], None] | None = None,
-    acting_setup: ActingSetup | None = None,
-    rows_at_once: int = 128,
+    done: Sequence[EvaluatedRow] = (),
+    each: Callable[[Sequence[EvaluatedRow]], None] | None = None,
 ) -> Evaluation:
-    """Complete every row once and score it. Greedy where `generation.temperature` is 0, as it should be to compare.
+    """Have a model folder, or one with an adapter beside it, complete the rows, and score them.
 
-    `progress` learns how many rows are completed, `tell` why a score is missing, when that is known; the gid of an
-    incident is the number of its row. `acting_setup`: where the policy acts.
+    `progress` learns how many rows are completed. `done`: the first rows, where they were evaluated before, up to the
+    end of one of the `pieces`. `each` is given those of a piece as soon as they are scored. Raises InputError.
     """
-    if not len(dataset):
-        raise InputError(f"{dataset.source}: no rows to evaluate")
+    rows = questions.rows
     if progress is not None:
-        progress.total = len(dataset)
-    once = msgspec.structs.replace(generation, num_generations=1)
-    texts: list[str] = []
-    scores: dict[str, list[float]] = {}
-    incidents: list[Incident] = []
+        progress.total, progress.done = len(rows), len(done)
+    if len(done) == len(rows):
+        return questions.worth(done)
+    async with AsyncExitStack() as begun:
+        device = await begun.enter_async_context(DeviceThread("evaluation"))
+        manager = await begun.enter_async_context(questions.manager())
+        policy = await device.run(partial(load_policy, model, dtype, adapter=adapter))
+        policy.check_stop_ids()
+        acting_setup = None if questions.world is None else ActingSetup.of(questions.world, policy, questions.data)
+        if acting_setup is not None:
+            await begun.enter_async_context(acting_setup.manager)
+        positions = policy.config.max_position_embeddings
+        prompt_ids = tokenize_prompts(
+            rows,
+            policy.tokenizer,
+            questions.data,
+            max_tokens=min(questions.data.max_prompt_tokens or positions, positions - 1),
+            vocab_size=policy.config.vocab_size,
+            tell=None if acting_setup is None else acting_setup.opening,
+        )
+        of = EvalSet(settings=questions.settings, dataset=rows, prompt_ids=prompt_ids, rewards=manager)
+        return await _answers(of, policy, device, questions, acting_setup, progress, done, each)
 
-    held_out = None
+
+async def _answers(
+    of: EvalSet,
+    policy: Policy,
+    device: DeviceThread,
+    questions: Questions,
+    acting_setup: ActingSetup | None,
+    progress: Progress | None,
+    done: Sequence[EvaluatedRow],
+    each: Callable[[Sequence[EvaluatedRow]], None] | None,
+) -> Evaluation:
+    """The same pieces, decoded with the same noise, as of a run's evaluation of a set of this name."""
+    table, incidents = list(done), list[Incident]()
+    decoder = make_decoder(
+        partial(policy.engine, questions.generation),
+        questions.generation,
+        device,
+        tokenizer=policy.tokenizer,
+        acting_setup=acting_setup,
+        seed=questions.seed,
+        report=Reporter("evaluation"),
+    )
+
+    def count() -> None:
+        if progress is not None:
+            progress.done += 1
+
     if acting_setup is not None:
-        acting_setup.manager.listen(partial(_note, incidents, tell))
-        held_out = HeldOutEpisodes(acting_setup, policy, once, device, seed=seed, progress=progress)
-    for start in range(0, len(dataset), rows_at_once):
-        places = range(start, min(start + rows_at_once, len(dataset)))
-        if held_out is None:
-            groups = await _complete(policy, dataset, prompt_ids, places, once, device, (seed, 0), progress)
-        else:
-            groups = await held_out.run([_prompt_of(policy, dataset, prompt_ids, i, -1 - i) for i in places])
-        texts += [group.rollouts[0].text for group in groups]
-        if rewards is not None:
-            for result in await rewards.score_groups(groups, tell=partial(_note, None, tell)):
-                incidents += map(_by_row, result.incidents)
-                for name, (score,) in result.scores.items():
-                    scores.setdefault(name, []).extend([] if score is None else [score])
-        if held_out is not None:
-            held_out.conversations.forget(())
+        acting_setup.manager.listen(incidents.append)
+    for piece in RowPrompts(of, 0, partial(opened_thought, policy.tokenizer)).pieces(0):
+        if piece[0].row < len(done):
+            continue
+        groups = await decoder.complete(piece, Evaluate(version=0, weights=policy.weights), count)
+        results = await of.rewards.score_groups(groups)
+        decoder.forget(groups)
+        rows = [evaluated_row(group, result) for group, result in zip(groups, results, strict=True)]
+        incidents += [incident for result in results for incident in result.incidents]
+        table += rows
+        if each is not None:
+            each(rows)
     if acting_setup is not None:
         acting_setup.manager.listen(None)
-    return Evaluation(
-        rows=len(dataset),
-        accuracy=_accuracy(dataset, texts),
-        rewards={name: sum(column) / len(column) if column else float("nan") for name, column in scores.items()},
-        completions=tuple(texts),
-        incidents=tuple(incidents),
-    )
+    return questions.worth(table, tuple(map(_by_row, incidents)))
 
 
 def _by_row(incident: Incident) -> Incident:
-    return msgspec.structs.replace(incident, gid=None if incident.gid is None else number_of_row(incident.gid))
-
-
-def _note(kept: list[Incident] | None, tell: Callable[[Incident], None] | None, incident: Incident) -> None:
-    """Tell of an incident, and keep it where it would come no other way."""
-    if kept is not None:
-        kept.append(_by_row(incident))
-    if tell is not None:
-        tell(_by_row(incident))
-
-
-async def _complete(
-    policy: Policy,
-    dataset: PromptDataset,
-    prompt_ids: Sequence[tuple[int, ...]],
-    places: range,
-    generation: GenerationConfig,
-    device: DeviceThread,
-    key: tuple[int, int],
-    progress: Progress | None = None,
-) -> list[RolloutGroup]:
-    """Complete the rows at `places` together, as places of one step; `key` is (seed, step).
-
-    A cancelled caller waits for one token, not for the longest completion.
-    """
-    seed, step = key
-    engine = policy.engine(generation)
-    requests = [RolloutRequest(prompt_ids=prompt_ids[i], key=(seed, step, i, 0)) for i in places]
-    decoding = await device.run(engine.decode, requests)
-    completed = await device.run(_in_order, decoding, progress, on_cancel=engine.abort)
-    groups = []
-    for place, group in zip(places, completed, strict=True):
-        prompt = _prompt_of(policy, dataset, prompt_ids, place, place, step)
-        rollouts = as_rollouts(group, policy.tokenizer.decode_sampled)
-        groups.append(RolloutGroup(prompt=prompt, rollouts=rollouts))
-    return groups
-
-
-def _prompt_of(
-    policy: Policy, dataset: PromptDataset, prompt_ids: Sequence[tuple[int, ...]], place: int, gid: int, step: int = 0
-) -> Prompt:
-    row = dataset[place]
-    return Prompt(
-        gid=gid,
-        slot=Slot(step=step, place=place),
-        epoch=0,
-        row=place,
-        prompt=row.prompt,
-        prompt_ids=prompt_ids[place],
-        columns=row.columns,
-        opened=opened_thought(policy.tokenizer, row.prompt, prompt_ids[place]),
-    )
-
-
-def _in_order(groups: Iterable[CompletedGroup], progress: Progress | None) -> list[CompletedGroup]:
-    """All of them, counted as they come."""
-    completed = []
-    for group in groups:
-        completed.append(group)
-        if progress is not None:
-            progress.done += 1
-    return sorted(completed, key=lambda group: group.index)
-
-
-def _accuracy(dataset: PromptDataset, texts: Sequence[str]) -> float | None:
-    if "answer" not in dataset.columns:
-        return None
-    scores = exact_answer_reward(texts, answer=[row.columns["answer"] for row in dataset])
-    known = [score for score in scores if score is not None]
-    return sum(known) / len(known) if known else None
-
-
-async def _loaded(source: str | Path, data: DataConfig) -> PromptDataset:
-    """The rows of a source; who is interrupted does not wait for those that have to be made."""
-    try:
-        return await anyio.to_thread.run_sync(PromptDataset.load, source, data, abandon_on_cancel=True)
-    except anyio.get_cancelled_exc_class():
-        stop_making_rows()
-        raise
+    return msgspec.structs.replace(incident, gid=None if incident.gid is None else row_of(incident.gid))
 
 
 async def evaluate_folder(
@@ -271,6 +254,8 @@ async def evaluate_folder(
     data: DataConfig | None = None,
     max_completion_length: int = 256,
     temperature: float = 0.0,
+    num_samples: int = 1,
+    limit: int | None = None,
     seed: int = 0,
     dtype: str | None = None,
     adapter: str | Path | None = None,
@@ -278,46 +263,27 @@ async def evaluate_folder(
     acting: Acting = NOTHING_GIVEN,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Evaluate a model folder, or one with an adapter beside it, on a source of prompts; what `troupe eval` does.
+    """Evaluate a model folder, or one with an adapter beside it, on a source of prompts: `ask`, and `answer`."""
+    questions = await ask(
+        dataset,
+        rewards,
+        data=data,
+        generation=GenerationConfig(temperature=temperature, max_completion_length=max_completion_length),
+        num_samples=num_samples,
+        limit=limit,
+        seed=seed,
+        environment=environment,
+        acting=acting,
+    )
+    return await answer(model, questions, adapter=adapter, dtype=dtype, progress=progress)
 
-    Without rewards the rows must say what is right (`default_reward`). `data` says how rows are read, as in a run; its
-    paths do not count. `environment` and `acting`: what the policy acts with, if it does. Raises InputError.
-    """
-    data = DataConfig() if data is None else data
-    rows = await _loaded(dataset, data)
-    environment = EnvironmentConfig() if environment is None else environment
-    if environment.run == "worker":  # there is no run here that workers could join
-        environment = msgspec.structs.replace(environment, run="process")
-    world = load_acting(environment, acting)
-    functions = list(rewards) or [default_rewards(rows, world)]
-    manager = make_rewards(functions, RewardsConfig(), world, [rows])
-    manager.check_columns(rows.columns)
-    async with AsyncExitStack() as begun:
-        device = await begun.enter_async_context(DeviceThread("evaluation"))
-        await begun.enter_async_context(manager)
-        policy = await device.run(partial(load_policy, model, dtype, adapter=adapter))
-        policy.check_stop_ids()
-        acting_setup = None if world is None else ActingSetup.of(world, policy, data)
-        if acting_setup is not None:
-            await begun.enter_async_context(acting_setup.manager)
-        positions = policy.config.max_position_embeddings
-        limit = min(data.max_prompt_tokens or positions, positions - 1)
-        prompt_ids = tokenize_prompts(
-            rows,
-            policy.tokenizer,
-            data,
-            max_tokens=limit,
-            vocab_size=policy.config.vocab_size,
-            tell=None if acting_setup is None else acting_setup.opening,
-        )
-        return await evaluate(
-            policy,
-            rows,
-            prompt_ids,
-            generation=GenerationConfig(temperature=temperature, max_completion_length=max_completion_length),
-            device=device,
-            rewards=manager,
-            seed=seed,
-            progress=progress,
-            acting_setup=acting_setup,
-        )
+
+async def _loaded(source: str | Path, data: DataConfig, limit: int | None) -> PromptDataset:
+    """The first rows of a source; who is interrupted does not wait for those that have to be made."""
+    try:
+        load = partial(PromptDataset.load, source, data, first=limit)
+        rows = await anyio.to_thread.run_sync(load, abandon_on_cancel=True)
+    except anyio.get_cancelled_exc_class():
+        stop_making_rows()
+        raise
+    return rows if limit is None or len(rows) <= limit else rows.head(limit)

@@ -1,19 +1,21 @@
 """Inputs: what a run is made from, loaded and checked, the cheap checks first."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import date
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 
+from troupe.actors.evaluator.decoding import EvalSet
+from troupe.actors.evaluator.settings import HELD_OUT
 from troupe.actors.schedule import PromptSchedule, count_steps, describe_prompts, think_notices, tokenize_prompts
 from troupe.cluster.calls import Calls
-from troupe.dataset import DataConfig, PromptDataset
-from troupe.errors import ConfigError, DatasetError
+from troupe.dataset import PromptDataset
+from troupe.errors import ConfigError
 from troupe.grpo import LearnerConfig
 from troupe.grpo.optimizer import LEARNING_RATE
+from troupe.messages import PromptText
 from troupe.policy import NetworkConfig, Policy, opened_thought
 from troupe.policy.adapter.modules import describe_adapter
 from troupe.policy.load import begin_policy
@@ -30,8 +32,10 @@ from troupe.run.acting import (
     make_rewards,
 )
 from troupe.run.config import RunConfig
+from troupe.run.curriculum import curriculum_for, curriculum_notices
 from troupe.run.engines import check_engine_inputs
 from troupe.run.resume.check import Resumption
+from troupe.run.sets import OF_EVALUATION, early_stop, finished_sets, judged_by, read_sets
 
 _SHOWN_ROWS = 4
 """Of a source whose rows have to be made, for a run that is only shown."""
@@ -41,13 +45,6 @@ _FLOAT16 = (
     "the policy trains in float16, in which small gradients become 0 (there is no loss scaling); "
     "model.dtype = 'bfloat16' has no such limit"
 )
-
-
-class EvalSet(msgspec.Struct, frozen=True, kw_only=True):
-    """Held-out prompts with their token ids."""
-
-    dataset: PromptDataset
-    prompt_ids: Sequence[tuple[int, ...]]
 
 
 class Inputs(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,7 +59,8 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
     policy: Policy
     dataset: PromptDataset
     schedule: PromptSchedule
-    evaluation: EvalSet | None
+    sets: tuple[EvalSet, ...] = ()
+    """What is evaluated."""
     rewards: RewardManager
     longest_prompt: int
     """Tokens."""
@@ -89,88 +87,99 @@ def load_inputs(
     """Load what the config names, beside which `given` and `acting` are used. InputError for what cannot be used."""
     data, learner, model = config.data, config.learner, config.model.path
     assert model is not None
-    dataset, held_out = _rows(data, _SHOWN_ROWS if to_show and not resume else None)
+    first = _SHOWN_ROWS if to_show and not resume else None
+    dataset = PromptDataset.load(str(data.path), data, first=first)
+    held_out = read_sets(config, first)
     calls = None if config.cluster.serve is None else Calls()
     world = _load_world(config, acting, calls)
-    rewards, config = _rewards(config, given, dataset, held_out, world, calls)
-    notices = _best_by(config, rewards, resumption)
+    rewards, config = _rewards(config, given, dataset, world, calls)
     policy, fingerprint = begin_policy(model, config.model.dtype, config.adapter, config.seed)
     assert policy.path is not None
-    config, told = _with_rate(config, policy)
-    notices += told
+    config, notices = _with_rate(config, policy)
     if not resume:
         policy.check_stop_ids()
     config = _dated(config, policy, begins=not resume)
     acting_setup = None if world is None else ActingSetup.of(world, policy, config.data)
-    prompts = _tell_prompts(dataset, held_out, policy, config, acting_setup, resumption)
-    longest = max(map(len, prompts.prompt_ids))
+    tokenize = _tokenizer(policy, config, acting_setup, resumption)
+    prompt_ids = tokenize(dataset)
+    check_engine_inputs(config, policy, dataset, prompt_ids, acts=acting_setup is not None)
+    sets = finished_sets(held_out, config, trained_on=dataset, rewards=rewards, acting=world, tokenize=tokenize)
+    notices += _best_by(config, rewards, sets, resumption)
+    early_stop(config, sets)
+    longest = max(map(len, prompt_ids))
     config, lowered = _fit_completions(config, policy.config.max_position_embeddings, longest_prompt=longest)
     notices += lowered
     opened = partial(opened_thought, policy.tokenizer)
-    notices += _about(config, policy, opened(dataset[0].prompt, prompts.prompt_ids[0]))
+    notices += _about(config, policy, opened(dataset[0].prompt, prompt_ids[0]))
     if acting_setup is not None:
         acting_setup = acting_setup.within(longest, config.generation.max_completion_length)
         notices += acting_setup.notices(config)
+    total_steps = count_steps(
+        dataset.in_all, batch_size=learner.batch_size, epochs=learner.epochs, max_steps=learner.max_steps
+    )
+    notices += curriculum_notices(config.curriculum, rows=dataset.in_all, prompts=total_steps * learner.batch_size)
     return Inputs(
         config=config,
         source=policy.path,
         fingerprint=fingerprint,
         policy=policy,
         dataset=dataset,
-        schedule=PromptSchedule(
-            dataset,
-            prompts.prompt_ids,
-            batch_size=learner.batch_size,
-            seed=config.seed,
-            shuffle=config.data.shuffle,
-            opened=opened,
-        ),
-        evaluation=prompts.evaluation,
+        schedule=_schedule(config, dataset, prompt_ids, rewards, opened),
+        sets=sets,
         rewards=rewards,
         longest_prompt=longest,
         acting_setup=acting_setup,
         calls=calls,
-        total_steps=count_steps(
-            dataset.in_all, batch_size=learner.batch_size, epochs=learner.epochs, max_steps=learner.max_steps
-        ),
-        description="\n".join(prompts.described),
+        total_steps=total_steps,
+        description=_described(dataset, prompt_ids, sets, policy),
         notices=tuple(notices),
     )
 
 
-def _rows(data: DataConfig, first: int | None) -> tuple[PromptDataset, PromptDataset | None]:
-    """The rows to train on and the held-out ones, or the `first` of each."""
-    assert data.path is not None
-    dataset = PromptDataset.load(data.path, data, first=first)
-    return dataset, PromptDataset.load(data.eval_path, data, first=first) if data.eval_path else None
-
-
-class _Told(NamedTuple):
-    """Prompts in ids."""
-
-    prompt_ids: list[tuple[int, ...]]
-    evaluation: EvalSet | None
-    described: list[str]
-
-
-def _tell_prompts(
-    dataset: PromptDataset,
-    held_out: PromptDataset | None,
-    policy: Policy,
-    config: RunConfig,
-    acting_setup: ActingSetup | None,
-    resumption: Resumption | None,
-) -> _Told:
+def _tokenizer(
+    policy: Policy, config: RunConfig, acting_setup: ActingSetup | None, resumption: Resumption | None
+) -> Callable[[PromptDataset], list[tuple[int, ...]]]:
+    """What tells prompts in ids."""
     kept = None if resumption is None else resumption.stored.data.chat_template_kwargs
-    keeps_unknown = kept == config.data.chat_template_kwargs
-    prompt_ids = _tokenized(dataset, policy, config, acting_setup, keeps_unknown=keeps_unknown)
-    check_engine_inputs(config, policy, dataset, prompt_ids, acts=acting_setup is not None)
-    described = [describe_prompts(dataset, prompt_ids, policy.tokenizer)]
-    if held_out is None:
-        return _Told(prompt_ids, None, described)
-    held_out_ids = _tokenized(held_out, policy, config, acting_setup, keeps_unknown=keeps_unknown)
-    described.append(f"held out: {describe_prompts(held_out, held_out_ids, policy.tokenizer)}")
-    return _Told(prompt_ids, EvalSet(dataset=held_out, prompt_ids=held_out_ids), described)
+    positions = policy.config.max_position_embeddings
+    return partial(
+        tokenize_prompts,
+        tokenizer=policy.tokenizer,
+        config=config.data,
+        max_tokens=min(config.data.max_prompt_tokens or positions, positions - 1),
+        vocab_size=policy.config.vocab_size,
+        keeps_unknown=kept == config.data.chat_template_kwargs,
+        tell=None if acting_setup is None else acting_setup.opening,
+    )
+
+
+def _schedule(
+    config: RunConfig,
+    dataset: PromptDataset,
+    prompt_ids: Sequence[tuple[int, ...]],
+    rewards: RewardManager,
+    opened: Callable[[PromptText, Sequence[int]], str],
+) -> PromptSchedule:
+    return PromptSchedule(
+        dataset,
+        prompt_ids,
+        batch_size=config.learner.batch_size,
+        seed=config.seed,
+        shuffle=config.data.shuffle,
+        opened=opened,
+        curriculum=curriculum_for(config, dataset, rewards),
+    )
+
+
+def _described(
+    dataset: PromptDataset, prompt_ids: Sequence[tuple[int, ...]], sets: Sequence[EvalSet], policy: Policy
+) -> str:
+    """What there is to train and to evaluate on, in lines."""
+    told = [describe_prompts(dataset, prompt_ids, policy.tokenizer)]
+    for each in sets:
+        name = "held out" if each.name == HELD_OUT else f"evaluated as {each.name}"
+        told.append(f"{name}: {describe_prompts(each.dataset, each.prompt_ids, policy.tokenizer)}")
+    return "\n".join(told)
 
 
 def _about(config: RunConfig, policy: Policy, opened: str) -> list[str]:
@@ -233,26 +242,10 @@ def _check_reference(learner: LearnerConfig) -> None:
         )
 
 
-def _tokenized(
-    rows: PromptDataset, policy: Policy, config: RunConfig, acting_setup: ActingSetup | None, *, keeps_unknown: bool
-) -> list[tuple[int, ...]]:
-    positions = policy.config.max_position_embeddings
-    return tokenize_prompts(
-        rows,
-        policy.tokenizer,
-        config.data,
-        max_tokens=min(config.data.max_prompt_tokens or positions, positions - 1),
-        vocab_size=policy.config.vocab_size,
-        keeps_unknown=keeps_unknown,
-        tell=None if acting_setup is None else acting_setup.opening,
-    )
-
-
 def _rewards(
     config: RunConfig,
     given: Sequence[Reward],
     dataset: PromptDataset,
-    held_out: PromptDataset | None,
     acting: ActingWorld | None,
     calls: Calls | None,
 ) -> tuple[RewardManager, RunConfig]:
@@ -260,21 +253,20 @@ def _rewards(
     if not functions and not given:
         functions = (default_rewards(dataset, acting),)
         config = msgspec.structs.replace(config, rewards=msgspec.structs.replace(config.rewards, functions=functions))
-    datasets = [dataset] if held_out is None else [dataset, held_out]
-    manager = make_rewards([*functions, *given], config.rewards, acting, datasets, elsewhere=calls)
+    manager = make_rewards([*functions, *given], config.rewards, acting, [dataset], elsewhere=calls)
     manager.check_columns(dataset.columns)
-    if held_out is not None and (missing := dataset.columns - held_out.columns):
-        raise DatasetError(
-            f"{held_out.source}: the held-out rows lack the column {', '.join(sorted(missing))} of the training rows"
-        )
     return manager, config
 
 
-def _best_by(config: RunConfig, rewards: RewardManager, resumption: Resumption | None) -> list[str]:
+def _best_by(
+    config: RunConfig, rewards: RewardManager, sets: Sequence[EvalSet], resumption: Resumption | None
+) -> list[str]:
     """What to tell of the metric by which a checkpoint is the best; a run that has always had a wrong one goes on."""
     metric = config.checkpoint.metric_for_best
     if not config.checkpoint.keep_best:
         return []
+    if metric.startswith(OF_EVALUATION):
+        return judged_by(config, sets)
     try:
         told = check_metric(metric, rewards.names, rewards.rewards)
     except ConfigError as error:

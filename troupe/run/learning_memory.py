@@ -1,6 +1,7 @@
-"""What the learner's largest micro-batch takes."""
+"""What the learner's largest micro-batch takes, and what the other ranks do."""
 
 import math
+from collections.abc import Mapping
 
 from troupe.grpo.lanes import GATHERED_AT_ONCE, in_lanes
 from troupe.grpo.loss import has_entropy_bonus
@@ -8,6 +9,9 @@ from troupe.policy import MicroBatch, gradient_memory_bytes
 from troupe.policy.network.attention import attention_is_fused
 from troupe.run.config import RunConfig
 from troupe.run.workload import Workload
+
+BASE = "base"
+"""Name of what an adapter completes, in a plan."""
 
 
 def learning_bytes(config: RunConfig, work: Workload, micro_batches: int, *, recompute: bool) -> int:
@@ -65,3 +69,15 @@ def _largest_micro_batches(config: RunConfig, work: Workload, micro_batches: int
     places = rows * T + prompts * work.longest_prompt
     later = min(rows, max(1, places // (work.longest_history + T)))
     return [first, MicroBatch(prompts=later, prompt_length=work.longest_history, rows=later, completion_length=T)]
+
+
+def with_other_ranks(
+    phases: dict[str, dict[str, int]], held: Mapping[str, int], learn: Mapping[str, int], work: Workload
+) -> dict[str, dict[str, int]]:
+    """On a processor all ranks share its memory; elsewhere each has a card, and that of rank 0 holds the most."""
+    if not work.on_cpu or work.ranks == 1:
+        return phases
+    own = ("optimizer state", "reference policy", BASE)
+    each = sum(held.get(name, 0) for name in own) + (4 if work.adapter else work.dtype.size) * work.trained
+    each += sum(learn.values())  # MLX keeps what it has once taken
+    return {name: {**items, "other ranks": (work.ranks - 1) * each} for name, items in phases.items()}

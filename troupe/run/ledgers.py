@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import msgspec
 
-from troupe.actors.checkpointer import CheckpointWriter, gids_of
+from troupe.actors.checkpointer import CheckpointWriter, Judged, gids_of
+from troupe.actors.evaluator.ledger import EvaluationLedger
 from troupe.actors.generator.local import Start
 from troupe.actors.generator.weights_files import WeightsFiles
 from troupe.actors.learner.train import BatchTrainer
@@ -16,14 +17,17 @@ from troupe.actors.metrics import Tally
 from troupe.checkpoint import MANIFEST, Made, RewardState, RunState, checkpoint_folder, newer_versions
 from troupe.messages import CheckpointWritten, Snapshot
 from troupe.policy import RolloutEngine, Weights
+from troupe.records.diagnosis.past import begin_again
 from troupe.records.sinks.base import RunInfo, Sink
 from troupe.records.sinks.make import make_sinks
 from troupe.records.sinks.sinks import Sinks
 from troupe.records.sinks.thread import SinkThread
 from troupe.records.sinks.trace import TraceWriter
+from troupe.records.trend import stored_rewards
 from troupe.run.cluster import OpenNetwork, open_network
 from troupe.run.config import config_table
 from troupe.run.prepare import Prepared, prepare
+from troupe.run.sets import OF_EVALUATION
 from troupe.runtime.board import Credits, PolicyBoard
 from troupe.runtime.device import DeviceThread
 from troupe.runtime.machine import VERSION, describe_machine
@@ -32,13 +36,15 @@ from troupe.runtime.mailbox import Mailbox
 
 def sinks_of(prepared: Prepared) -> list[Sink]:
     """The sinks that the config names."""
+    first_step = prepared.start.first_step
     run = RunInfo(
         name=prepared.folder.name,
         folder=str(prepared.folder),
         total_steps=prepared.inputs.total_steps,
-        first_step=prepared.start.first_step,
+        first_step=first_step,
         program=VERSION,
         machine=describe_machine() if "sqlite" in prepared.config.metrics.sinks else "",
+        past=stored_rewards(prepared.folder, first_step) if first_step else (),
         config=config_table(prepared.config),
     )
     return make_sinks(prepared.config.metrics, run, {"trace": lambda: TraceWriter(prepared.folder / "trace.json")})
@@ -81,15 +87,18 @@ class Ledgers:
             None if prepared.inputs.acting_setup is None else prepared.inputs.acting_setup.conversations()
         )
         """What was said in the episodes that are under way, where the policy acts."""
-        self.tally = Tally()
+        table, first = config_table(config), prepared.start.first_step
+        self.tally = Tally(diagnosis=begin_again(table, prepared.folder, first))
         self.sinks = Sinks(
             factories.sinks(prepared),
             timeout_s=config.metrics.sink_timeout_s,
             before_opening=check_folder,
             thread=factories.sink_thread,
         )
-        """Closed when held-out rows have been told, too."""
-        self.writer = _make_writer(prepared, factories, self.sinks, check_folder)
+        self.evaluations = EvaluationLedger(
+            [each.name for each in prepared.inputs.sets], prepared.start.evaluated, prepared.folder
+        )
+        self.writer = _make_writer(prepared, factories, self, check_folder)
         self.files: WeightsFiles | None = None
         """Weights for the generator's processes, where it has any; close them at the end, too."""
         if schedule.generator == "process":
@@ -102,14 +111,19 @@ class Ledgers:
 
 
 def _make_writer(
-    prepared: Prepared, factories: Factories, sinks: Sinks, check_folder: Callable[[], None]
+    prepared: Prepared, factories: Factories, ledgers: Ledgers, check_folder: Callable[[], None]
 ) -> CheckpointWriter:
     config, policy = prepared.config, prepared.start.policy
     # by themselves: the writer must not keep the weights that the run began with
     rewards, identity, stop_ids = prepared.inputs.rewards, prepared.start.identity, policy.eos_ids
     table, machine = config_table(config), prepared.rounding
     files_of = policy.base.files_of
-    network = policy.config
+    network, metric, evaluations = policy.config, config.checkpoint.metric_for_best, ledgers.evaluations
+
+    def judged() -> Judged:
+        if not metric.startswith(OF_EVALUATION):
+            return Judged()
+        return Judged(evaluations.values(metric), evaluations.pending.keys())
 
     def run_state(snapshot: Snapshot) -> RunState:
         standing = rewards.standing(snapshot.version)
@@ -132,10 +146,11 @@ def _make_writer(
         policy.config,
         policy.companions,
         run_state=run_state,
-        made=lambda: Made(config=table, machine=machine, lacking=sinks.lacking()),
+        made=lambda: Made(config=table, machine=machine, lacking=ledgers.sinks.lacking()),
         adapter_files=lambda weights: files_of(network, weights),
         check_folder=check_folder,
         ledger=_checkpoints_so_far(prepared),
+        judged=judged,
     )
 
 

@@ -4,7 +4,7 @@ It is given a prepared run and a built pipeline, runs them to the end, and keeps
 """
 
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
 from typing import Any
 
@@ -12,16 +12,17 @@ import anyio
 import msgspec
 
 from troupe.actors.checkpointer import UNSETTLED
+from troupe.actors.evaluator.settings import HELD_OUT
 from troupe.errors import FolderGoneError, InputError, RewardError, RunError
 from troupe.messages import Activity, Incident, Phase, Status, Update
-from troupe.policy import Policy, load_policy
+from troupe.rewards import RewardManager
 from troupe.run.beside import RequestHandler, Requests, StallWatch, groups_of, watch_folder
 from troupe.run.cluster import Hub
-from troupe.run.evaluate import Evaluation, evaluate
 from troupe.run.folder import RunFolder
 from troupe.run.pipeline import Pipeline, members_of
 from troupe.run.prepare import Prepared
 from troupe.run.result import RunResult, write_summary
+from troupe.run.sets import OF_EVALUATION, early_stop
 from troupe.run.status import Progress, doing, of_actors, queues, with_needs, with_waits
 from troupe.runtime import linux_cpu
 from troupe.runtime.device import DeviceThread
@@ -47,9 +48,9 @@ class LiveRun:
         began_s: float,
         hub: Hub | None = None,
     ) -> None:
-        """`device`: the thread that held-out rows are answered in, and that the last checkpoint of a run that was
-        stopped is written in. `ended`: set at the end. `began_s`: when the run was begun (`time.perf_counter`).
-        `hub`: what workers speak to, where the run is served."""
+        """`device`: the thread that the last checkpoint of a run that was stopped is written in. `ended`: set at the
+        end. `began_s`: when the run was begun (`time.perf_counter`). `hub`: what workers speak to, where the run is
+        served."""
         self.result: RunResult | None = None
         self.fault: BaseException | None = None
         """What made the run fail."""
@@ -62,8 +63,7 @@ class LiveRun:
         self._scope = anyio.CancelScope()
         self._stopping = self._running = False
         self._hint = ""
-        self._before: Evaluation | None = None
-        self._after: Evaluation | None = None
+        self._stopped_early = ""
         self._progress = Progress()
         self._stall = StallWatch(pipeline, prepared.live.watchdog_s, lambda: self.phase in ("paused", "held"))
         self._requests = RequestHandler(prepared, pipeline, place, requests, set_watchdog=self._stall.set_limit)
@@ -113,6 +113,12 @@ class LiveRun:
         ]
         return next((phase for holds, phase in phases if holds), "running")
 
+    @property
+    def _rewards(self) -> list[RewardManager]:
+        """Of training, and those that sets have of their own."""
+        inputs = self._prepared.inputs
+        return [inputs.rewards, *(each.rewards for each in inputs.sets if each.has_own_rewards)]
+
     def status(self) -> Status:
         """What the run is doing now."""
         pipeline, now_s = self._pipeline, time.perf_counter()
@@ -133,6 +139,8 @@ class LiveRun:
             activity=None if self._ended.is_set() else self._activity(now_s),
             notice=self.notice,
             members=tuple(members_of(pipeline.roles)),
+            evaluated=pipeline.ledgers.evaluations.first_and_newest,
+            findings=pipeline.ledgers.tally.diagnosis.findings,
         )
 
     def _activity(self, now_s: float) -> Activity | None:
@@ -158,18 +166,15 @@ class LiveRun:
             self._ended.set()
 
     async def _run(self) -> None:
-        rewards, acting_setup, pipeline = (
-            self._prepared.inputs.rewards,
-            self._prepared.inputs.acting_setup,
-            self._pipeline,
-        )
+        acting_setup, pipeline = self._prepared.inputs.acting_setup, self._pipeline
         pipeline.ledgers.sinks.open()
         try:
             await _beside(self._work if self._hub is None else self._served, self._tell_sinks)
         finally:
             with self._progress.at("stopping the rewards"):
-                for incident in await rewards.stop():
-                    pipeline.tell(incident)
+                for rewards in self._rewards:
+                    for incident in await rewards.stop():
+                        pipeline.tell(incident)
             if acting_setup is not None:
                 acting_setup.manager.listen(pipeline.tell)
                 await acting_setup.manager.stop()
@@ -211,12 +216,13 @@ class LiveRun:
             await _beside(self._train, self._requests.run)
         if self._stopping:
             with self._progress.at(f"saving step {self._pipeline.learner.version:,}"):
-                await self._write_checkpoint()
+                await self._write_checkpoint(final=bool(self._stopped_early))
 
     async def _start_rewards(self) -> None:
         """RunError where one does not start that an earlier start had: a judge that is away may come back."""
         try:
-            await self._prepared.inputs.rewards.start()
+            for rewards in self._rewards:
+                await rewards.start()
             await self._requests.exchange_as_before()
         except RewardError as error:
             if not self._prepared.rewards_worked:
@@ -224,51 +230,24 @@ class LiveRun:
             raise RunError(f"{error}; an earlier start named it too, so it may come back") from error
 
     async def _train(self) -> None:
-        """Evaluate, have the actors run under watch, and evaluate again."""
-        untrained = await self._untrained_policy()
-        self._before = await self._evaluate(untrained, "held-out rows")
-        del untrained
+        """Have the actors run under watch."""
         self._prepared = self._prepared.without_arrays()
         self._running = True
         for message in self._prepared.start.lost:
             self._pipeline.note("steps_lost", message)
         actors = partial(_beside, partial(run_roles, self._pipeline.roles), self._stall.run)
-        await _beside(actors, partial(watch_folder, self._place, self._pipeline, self._device))
-        trained = self._prepared.start.policy.having(self._pipeline.learner.weights)
-        self._after = await self._evaluate(trained, "held-out rows after training")
+        watched = partial(_beside, actors, partial(watch_folder, self._place, self._pipeline, self._device))
+        await _beside(watched, self._end_early)
 
-    async def _untrained_policy(self) -> Policy:
-        """The policy as it was before step 0, read again where this start goes on from a checkpoint."""
-        start, inputs = self._prepared.start, self._prepared.inputs
-        if start.checkpoint is None or inputs.evaluation is None:
-            return start.policy
-        if start.untrained is not None:
-            return start.policy.having(start.untrained)
-        with self._progress.at("loading the policy as it was before step 1"):
-            read = await self._device.run(load_policy, inputs.source, self._prepared.config.model.dtype)
-        return start.policy.having(read.weights)
-
-    async def _evaluate(self, policy: Policy, what: str) -> Evaluation | None:
-        """Complete every held-out row greedily, and score it. `what`: the rows, in words."""
-        inputs = self._prepared.inputs
-        if inputs.evaluation is None:
-            return None
-
-        def tell(incident: Incident) -> None:  # its gid is the number of a row
-            self._pipeline.tell(msgspec.structs.replace(incident, gid=None, message=f"{what}: {incident.message}"))
-
-        with self._progress.at(what) as progress:
-            return await evaluate(
-                policy,
-                inputs.evaluation.dataset,
-                inputs.evaluation.prompt_ids,
-                generation=msgspec.structs.replace(self._prepared.config.generation, temperature=0.0),
-                device=self._device,
-                rewards=inputs.rewards,
-                progress=progress,
-                tell=tell,
-                acting_setup=inputs.acting_setup,
-            )
+    async def _end_early(self) -> None:
+        """Stop a run that gets no better."""
+        ledger = self._pipeline.ledgers.evaluations
+        await ledger.ends_run.wait()
+        stop = early_stop(self._prepared.config, self._prepared.inputs.sets)
+        assert stop is not None
+        self._stopped_early = stop.reason(ledger.values(stop.metric))
+        self._pipeline.note("stopped_early", self._stopped_early)
+        self.stop()
 
     async def _tell_sinks(self) -> None:
         """Have those sinks that show it know what the run is doing."""
@@ -276,8 +255,8 @@ class LiveRun:
             self._pipeline.ledgers.sinks.write(self.status())
             await anyio.sleep(_STATUS_EVERY_S)
 
-    async def _write_checkpoint(self) -> None:
-        pipeline, snapshot = self._pipeline, self._pipeline.learner.snapshot()
+    async def _write_checkpoint(self, *, final: bool) -> None:
+        pipeline, snapshot = self._pipeline, self._pipeline.learner.snapshot(final=final)
         try:
             with anyio.CancelScope(shield=True):
                 pipeline.ledgers.sinks.settle(snapshot.version)  # Metrics has read all that was told, and has ended
@@ -292,8 +271,8 @@ class LiveRun:
             ) from error
 
     def _result(self) -> RunResult:
-        before, after = self._before, self._after
         tally, version = self._pipeline.ledgers.tally, self._pipeline.learner.version
+        before, after = self._held_out(0), self._held_out(version)
         return RunResult(
             folder=str(self._prepared.folder),
             steps=version,
@@ -303,11 +282,23 @@ class LiveRun:
             closed_groups=dict(tally.closed_groups),
             incidents=dict(tally.incidents),
             switched_off_sinks=dict(tally.switched_off_sinks),
-            accuracy_before=before.accuracy if before else None,
-            accuracy_after=after.accuracy if after else None,
-            rewards_before=before.scored if before else {},
-            rewards_after=after.scored if after else {},
+            findings=tally.diagnosis.all_findings,
+            accuracy_before=before.get("accuracy"),
+            accuracy_after=after.get("accuracy"),
+            rewards_before=self._of_rewards(before),
+            rewards_after=self._of_rewards(after),
+            stopped_early=self._stopped_early,
         )
+
+    def _held_out(self, version: int) -> dict[str, float]:
+        """What a version came to on the set of `data.eval_path`."""
+        metrics = self._pipeline.ledgers.evaluations.metrics_of(version, HELD_OUT)
+        return {name.removeprefix(f"{OF_EVALUATION}{HELD_OUT}/"): value for name, value in metrics.items()}
+
+    def _of_rewards(self, figures: Mapping[str, float]) -> dict[str, float]:
+        names = self._prepared.inputs.rewards.names
+        found = {name: figures.get(f"reward/{name}", figures.get(name)) for name in names}
+        return {name: mean for name, mean in found.items() if mean is not None}
 
 
 async def _beside(

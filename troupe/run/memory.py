@@ -28,14 +28,13 @@ from troupe.policy import (
 from troupe.policy.decode.memory import decoding_adapter_bytes, device_ways
 from troupe.policy.network.tensors import network_bytes
 from troupe.run.config import RunConfig
-from troupe.run.learning_memory import gathered_bytes, lanes_bytes, learning_bytes
+from troupe.run.learning_memory import BASE, gathered_bytes, lanes_bytes, learning_bytes, with_other_ranks
 from troupe.run.workload import Workload
 from troupe.runtime.memory import GB, RESERVE, device_limit_gb
 
 _VERSIONS_THERE = "policy versions of the generator"
 _ON_THE_WAY = "policy versions on the way"
 _CHANGED = "version that changes are told against"
-_BASE = "base"
 _LAID_OUT = "weights laid out for decoding"
 
 Phases = Mapping[str, Mapping[str, int]]
@@ -199,9 +198,12 @@ def _phases(config: RunConfig, work: Workload, choice: _Choice) -> dict[str, dic
         "optimizer state": optimizer_state_bytes(numbers, kind),
     }
     if work.adapter is not None:
-        held = {_BASE: network_bytes(work.policy, work.dtype), **held}
+        held = {BASE: network_bytes(work.policy, work.dtype), **held}
     if learner.beta:
         held["reference policy"] = weights
+    evaluates = bool(config.evaluation.sets or config.data.eval_path)
+    if evaluates and (config.evaluation.every or config.evaluation.at_start):
+        held["version being evaluated"] = weights
     if config.cluster.serve is not None and config.cluster.full_every > 1:
         held[_CHANGED] = weights
     if choice.overlap:
@@ -209,7 +211,7 @@ def _phases(config: RunConfig, work: Workload, choice: _Choice) -> dict[str, dic
         held["checkpoint being written"] = written + held["optimizer state"]
     processes = _processes(config, work)
     if processes:
-        held[_VERSIONS_THERE] = processes * (held.get(_BASE, 0) + held["policy versions"])
+        held[_VERSIONS_THERE] = processes * (held.get(BASE, 0) + held["policy versions"])
         held[_ON_THE_WAY] = held["policy versions"]
     layouts = 2 if is_free and staleness else 1  # amid a completion, the token under way still has the one before
     decoders = 0 if config.schedule.engines_alone else max(processes, 1)
@@ -217,6 +219,8 @@ def _phases(config: RunConfig, work: Workload, choice: _Choice) -> dict[str, dic
         _LAID_OUT: decoders * layouts * _laid_out_bytes(work),
         "decode": decoders * _decode_bytes(config, work, choice.prompts),
     }
+    if evaluates and processes:  # its rows are decoded beside them
+        generating["evaluation"] = _laid_out_bytes(work) + _decode_bytes(config, work, choice.prompts)
     held_while_learning = held | (generating if staleness or processes else {})
     adds_up = choice.micro_batches > 1 or learner.lanes > 1 or work.longest_history is not None
     learning = learning_bytes(config, work, choice.micro_batches, recompute=choice.checkpointing)
@@ -232,19 +236,7 @@ def _phases(config: RunConfig, work: Workload, choice: _Choice) -> dict[str, dic
     if gathered := gathered_bytes(work):
         update["gradients of other ranks"] = gathered
     phases = {"generate": held | generating, "learn": held_while_learning | learn}
-    return _with_other_ranks(phases | {"update": held_while_learning | update}, held, learn, work)
-
-
-def _with_other_ranks(
-    phases: dict[str, dict[str, int]], held: Mapping[str, int], learn: Mapping[str, int], work: Workload
-) -> dict[str, dict[str, int]]:
-    """On a processor all ranks share its memory; elsewhere each has a card, and that of rank 0 holds the most."""
-    if not work.on_cpu or work.ranks == 1:
-        return phases
-    own = ("optimizer state", "reference policy", _BASE)
-    each = sum(held.get(name, 0) for name in own) + (4 if work.adapter else work.dtype.size) * work.trained
-    each += sum(learn.values())  # MLX keeps what it has once taken
-    return {name: {**items, "other ranks": (work.ranks - 1) * each} for name, items in phases.items()}
+    return with_other_ranks(phases | {"update": held_while_learning | update}, held, learn, work)
 
 
 def _laid_out_bytes(work: Workload) -> int:

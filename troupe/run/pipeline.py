@@ -23,6 +23,7 @@ from troupe.policy import Weights
 from troupe.records.standing import Change
 from troupe.rewards import TrainerState
 from troupe.run.cluster import Hub
+from troupe.run.evaluations import learners_evaluations, make_evaluator
 from troupe.run.generators import make_generator
 from troupe.run.learning import make_trainer
 from troupe.run.ledgers import Factories, Ledgers
@@ -81,6 +82,7 @@ def build_pipeline(
         max(ledgers.credits.limit, len(prepared.start.restored.alive)),
         factories.mailbox,
         episodes=prepared.config.generation.num_generations if ledgers.conversations is not None else 0,
+        evaluates=bool(prepared.inputs.sets),
     )
     learner = _make_learner(prepared, wiring, ledgers, factories, check_folder)
     roles = (
@@ -89,6 +91,7 @@ def build_pipeline(
         *([] if ledgers.conversations is None else [Role(_environment(wiring, ledgers, ledgers.conversations))]),
         Role(_scorer(prepared, wiring, ledgers)),
         Role(lambda: learner, restartable=False),
+        *([] if (evaluator := make_evaluator(prepared, wiring, ledgers, factories)) is None else [Role(evaluator)]),
         Role(_checkpointer(wiring, ledgers)),
     )
     return Pipeline(
@@ -173,6 +176,7 @@ def _make_learner(
             closed_to_metrics=wiring.closed_groups,
             updates=wiring.updates,
             snapshots=wiring.snapshots,
+            evaluations=learners_evaluations(prepared, wiring, ledgers),
         ),
         device=ledgers.devices["learner"],
         trainer=make_trainer(prepared, factories, ledgers, wiring.reporters["learner"]),
@@ -192,6 +196,7 @@ def _make_learner(
             open_groups=ledgers.open_groups,
             recorded=ledgers.recorded,
             next_prompt=lambda: prompts.next,
+            curriculum=prepared.inputs.schedule.curriculum,
         ),
         prompts_per_epoch=prepared.inputs.schedule.rows,
         keep_rate=keep_rate,
@@ -203,7 +208,8 @@ def _starting_state(prepared: Prepared, board: PolicyBoard[Weights]) -> LearnerS
     """Publish the versions that the first steps are generated with; say where learning goes on."""
     if prepared.start.checkpoint is not None:
         for version, weights in sorted(prepared.start.checkpoint.behind.items()):
-            board.publish(version, weights)
+            if version >= prepared.start.first_step - board.max_staleness:  # others are to be evaluated
+                board.publish(version, weights)
     board.publish(prepared.start.first_step, prepared.start.policy.weights)
     state = None if prepared.start.checkpoint is None else prepared.start.checkpoint.state
     return LearnerState(
@@ -244,6 +250,7 @@ def _metrics(wiring: Wiring, ledgers: Ledgers, members: Callable[[], Iterable[Me
             *([] if wiring.acting is None else [wiring.acting.environment]),
             wiring.scorer,
             wiring.learner,
+            *([] if wiring.evaluating is None else [wiring.evaluating.evaluator]),
             wiring.checkpointer,
         ),
         reporters=tuple(wiring.reporters.values()),

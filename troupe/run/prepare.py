@@ -12,12 +12,14 @@ from pathlib import Path
 import mlx.core as mx
 import msgspec
 
+from troupe.actors.evaluator.ledger import EvaluationLedger
 from troupe.actors.schedule import count_steps
 from troupe.checkpoint import Checkpoint
 from troupe.errors import ConfigError
 from troupe.grpo import adamw_init
-from troupe.messages import Unfinished
-from troupe.policy import Policy, Weights, is_on_cpu
+from troupe.messages import CurriculumState, Evaluated, Unfinished
+from troupe.policy import DTYPES, Policy, Weights, is_on_cpu
+from troupe.records.evaluations import read_evaluations
 from troupe.records.layout import STORE
 from troupe.records.lost_steps import lost_steps
 from troupe.records.sinks.base import check_sinks
@@ -44,6 +46,7 @@ from troupe.run.resume.newest import (
     restored_free,
     restored_pinned,
 )
+from troupe.run.sets import check_decodes
 from troupe.runtime import linux_cpu
 from troupe.runtime.machine import arithmetic
 from troupe.runtime.memory import check_wired_limit
@@ -129,6 +132,7 @@ def prepare(
         asked = resumption.asked
     inputs = load_inputs(asked, rewards, resumption, resume=resume, to_show=to_show, acting=acting)
     memory = place_run(inputs, machine)
+    check_decodes(memory.config, inputs.policy.config, inputs.sets, DTYPES[inputs.policy.dtype])
     if resumption is not None:
         resumption = resumption.compared(memory.config)
     start = start_run(folder, memory.config, inputs, resumption, resume=resume)
@@ -206,8 +210,10 @@ class Start(msgspec.Struct, frozen=True, kw_only=True):
     """Made in earlier starts while the run was live."""
     new_changes: tuple[Change, ...] = ()
     """Those of them that are new, because this start asks for another value; to be written before it begins."""
+    evaluated: tuple[Evaluated, ...] = ()
+    """What evaluations of earlier starts came to, up to the first step."""
     untrained: Weights | None = None
-    """The adapter that the run began with; None: the whole network is trained, which is too much to be kept."""
+    """The policy that the run began with, where an earlier start has not done with evaluating it."""
     lost: tuple[str, ...] = ()
     """What files of the run do not tell of any more, one line each."""
     notices: tuple[str, ...] = ()
@@ -259,12 +265,17 @@ def start_run(folder: Path, config: RunConfig, inputs: Inputs, resumption: Resum
     if checkpoint is not None:
         lost = lost_steps(folder, checkpoint.state.version, checkpoint.made.lacking, config.metrics.sinks)
     changes, new_changes, told = _changes(folder, config, resumption, checkpoint, rewards)
+    evaluated = () if checkpoint is None else _evaluated(folder, checkpoint.state.version)
     optimizer_state = adamw_init(policy.weights) if checkpoint is None else checkpoint.optimizer_state
     mx.eval(list(optimizer_state.values()))
+    curriculum = inputs.schedule.curriculum
+    if curriculum is not None and checkpoint is not None:  # without records, all rows are as if never seen
+        curriculum.restore(checkpoint.curriculum or CurriculumState(), checkpoint.state.version)
     return Start(
         identity=identity,
         policy=policy if checkpoint is None else policy.having(checkpoint.weights),
-        untrained=policy.weights if policy.base.is_whole else None,
+        evaluated=evaluated,
+        untrained=policy.weights if checkpoint is not None and _lacks_first(config, inputs, evaluated) else None,
         reference=_reference(config, policy, checkpoint),
         optimizer_state=optimizer_state,
         checkpoint=checkpoint,
@@ -274,6 +285,17 @@ def start_run(folder: Path, config: RunConfig, inputs: Inputs, resumption: Resum
         lost=tuple(lost),
         notices=(*notices, *told, *lost),
     )
+
+
+def _evaluated(folder: Path, last: int) -> tuple[Evaluated, ...]:
+    """What is known of versions up to the one that the run goes on from; later ones are made again with their steps."""
+    return tuple(each for each in read_evaluations(folder) if each.version <= last)
+
+
+def _lacks_first(config: RunConfig, inputs: Inputs, evaluated: Sequence[Evaluated]) -> bool:
+    """Whether the untrained policy is still to be evaluated on some set."""
+    ledger = EvaluationLedger([each.name for each in inputs.sets], evaluated)
+    return config.evaluation.is_due(0) and bool(ledger.lacks(0))
 
 
 def _changes(

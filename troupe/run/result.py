@@ -5,6 +5,7 @@ from pathlib import Path
 import msgspec
 
 from troupe.errors import OutputError
+from troupe.messages import Finding
 from troupe.records.layout import SUMMARY
 from troupe.runtime.files import drafted
 
@@ -25,17 +26,21 @@ class RunResult(msgspec.Struct, frozen=True, kw_only=True):
     incidents: dict[str, int]
     """Incidents of this start by kind."""
     switched_off_sinks: dict[str, str]
+    findings: tuple[Finding, ...] = ()
+    """What the figures say is wrong with the run; those that are over by now (`until`) come last."""
     accuracy_before: float | None = None
     """Share of held-out rows that the untrained policy, decoding greedily, answers exactly; None without such rows."""
     accuracy_after: float | None = None
     rewards_before: dict[str, float] = {}
     """Mean score of each reward on the held-out rows, greedy, before training; those that scored none are left out."""
     rewards_after: dict[str, float] = {}
+    stopped_early: str = ""
+    """Why the run ended before its last step, where `evaluation.patience` had it end."""
 
     @property
     def complete(self) -> bool:
-        """Whether every step was made; otherwise the run can be resumed."""
-        return self.steps >= self.total_steps
+        """Whether every step was made, or none more is to be; otherwise the run can be resumed."""
+        return self.steps >= self.total_steps or bool(self.stopped_early)
 
 
 def write_summary(result: RunResult) -> None:

@@ -32,7 +32,7 @@ _ENVIRONMENT = "environment"
 _TOLD_AFTER_S, _LONG_S = 2.0, 10.0
 """A wait for an environment is told of, and something may be wrong with it."""
 _MOST_NAMED, _LONGEST_NAME = 3, 60
-DEVICE_ACTORS = frozenset({"generator", "learner", "checkpointer"})
+DEVICE_ACTORS = frozenset({"generator", "learner", "checkpointer", "evaluator"})
 """Actors whose work is long by nature, and cannot be told from a hang but by its name."""
 
 
@@ -171,24 +171,27 @@ def of_actors(actors: Iterable[Actor], now_s: float, most_tokens: int) -> Activi
     """What the actors are at; None where none works on a step. `most_tokens`: of a completion."""
     parts: list[str] = []
     begun_s: list[float] = []
-    far = ""
+    far: list[str] = []
     environment: Activity | None = None
     for actor in actors:
         if actor.name == _ENVIRONMENT:
             environment = _waits_of(actor.report.doing, now_s)
             continue
         spans = [span for span in actor.report.doing if span.kind == "work"]
-        told = _of(actor.name, spans)
+        told = actor.activity or _of(actor.name, spans)
         if told is None or (actor.name == "checkpointer" and parts):
             continue
         parts.append(told)
-        begun_s.append(min(span.start_s for span in spans))
+        begun_s.append(min((span.start_s for span in spans), default=now_s))
+        progress = actor.progress
         if told.startswith("generating") and actor.made:
-            far = f": {actor.made:,} of at most {most_tokens:,} tokens"
+            progress = f"{actor.made:,} of at most {most_tokens:,} tokens"
+        far += [progress] if progress else []
     if not parts:
         return environment
     beside = "" if environment is None else f"; {environment.text}"
-    return Activity(what=", ".join(parts), detail=far + _lasting(now_s - min(begun_s)) + beside)
+    detail = f": {', '.join(far)}" if far else ""
+    return Activity(what=", ".join(parts), detail=detail + _lasting(now_s - min(begun_s)) + beside)
 
 
 def _waits_of(going_on: Sequence[Span], now_s: float) -> Activity | None:

@@ -4,11 +4,15 @@ import datetime
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 from urllib.parse import quote, unquote
 
+import msgspec
+
+from troupe.dataset.sources import anchored_source
 from troupe.environments.adapters import ADAPTERS
 from troupe.errors import ConfigError
+from troupe.run.folder_names import moved_demo_file
 from troupe.runtime.files import expanded
 
 
@@ -69,6 +73,25 @@ def anchored_schedule(table: Mapping[str, Any], base: Path) -> dict[str, Any]:
     anchored = dict(table)
     if isinstance(engines := table.get("engines"), list | tuple):
         anchored["engines"] = [_anchored_engine(engine, base) for engine in engines]
+    return anchored
+
+
+def anchored_evaluation(table: Mapping[str, Any], base: Path) -> dict[str, Any]:
+    """A section [evaluation] whose rows and rewards are found from everywhere."""
+    anchored = dict(table)
+    if isinstance(sets := table.get("sets"), list | tuple):
+        anchored["sets"] = [_anchored_set(each, base) for each in sets]
+    return anchored
+
+
+def _anchored_set(table: Any, base: Path) -> Any:
+    if not isinstance(table, Mapping):
+        return table
+    anchored, rewards = dict(table), table.get("rewards")
+    if isinstance(path := table.get("path"), str):
+        anchored["path"] = moved_demo_file(anchored_source(path, base))
+    if isinstance(rewards, list | tuple):
+        anchored["rewards"] = [anchored_reward(spec, base) for spec in rewards]
     return anchored
 
 
@@ -150,3 +173,19 @@ def value_at(table: Any, key: str) -> Any:
         if index.isdigit():
             table = table[int(index)]
     return table
+
+
+def choices_of(struct: type[msgspec.Struct], key: str) -> list[Any]:
+    """The values that a key of a config admits, where it is one of a few."""
+    kind: Any = struct
+    for part in key.split("."):
+        kind = get_type_hints(kind)[part.partition("[")[0]] if hasattr(kind, "__struct_fields__") else None
+    pending: list[Any] = [kind]
+    found: list[Any] = []
+    while pending:
+        kind = pending.pop()
+        if get_origin(kind) is Literal:
+            found += get_args(kind)
+        else:
+            pending += get_args(kind)
+    return found

@@ -11,6 +11,11 @@ Where the policy acts in an environment or has tools, groups go to the Scorer by
         ▲                                    │      └──Answered──▶ Metrics
         └──────────── Observation ───────────┘
 
+Where rows are evaluated while training goes on, the learner asks for that, and who evaluates decodes on the generator's
+device:
+
+    Learner ──Evaluate──▶ Evaluator ──Evaluated──▶ Metrics
+
 Every actor also reports Incident and Span to Metrics, and the Checkpointer CheckpointWritten. Scorer and Environment
 may hold the Prompter up (Hold). From outside come Pause, Resume, Step and Drain to the Prompter, Checkpoint and
 settings to the Learner.
@@ -24,6 +29,8 @@ from troupe.messages import (
     Checkpoint,
     CheckpointWritten,
     Drain,
+    Evaluate,
+    Evaluated,
     GroupClosed,
     Hold,
     Incident,
@@ -51,15 +58,25 @@ _INCIDENTS, _SPANS, _UPDATES = 256, 4096, 16
 """Reports a stalled Metrics actor may leave waiting before an incident holds up its sender or a span is dropped."""
 _REQUESTS = 1024
 """Requests from outside that a Prompter who is being restarted may leave waiting before the oldest is forgotten."""
+_EVALUATIONS = 8
+"""Versions that are overdue when a run goes on; later there is one at most."""
 _REPORTING = ("prompter", "generator", "scorer", "learner", "checkpointer")
 
 
 class Wiring:
     """The mailboxes of the actors, the channels into them, and the reporters, which send into that of Metrics."""
 
-    def __init__(self, live: int, mailbox: Callable[[str], Mailbox] = Mailbox, *, episodes: int = 0) -> None:
+    def __init__(
+        self,
+        live: int,
+        mailbox: Callable[[str], Mailbox] = Mailbox,
+        *,
+        episodes: int = 0,
+        evaluates: bool = False,
+    ) -> None:
         """`live`: most groups that may be alive: so long, no send on the way of a group can ever wait in a circle.
-        `episodes`: that a group has, where the policy acts; 0: it answers once."""
+        `episodes`: that a group has, where the policy acts; 0: it answers once. `evaluates`: whether there are rows to
+        be evaluated."""
         self.prompter, self.generator, self.scorer = mailbox("prompter"), mailbox("generator"), mailbox("scorer")
         self.learner, self.checkpointer, self.metrics = mailbox("learner"), mailbox("checkpointer"), mailbox("metrics")
         prompter, learner, metrics = self.prompter, self.learner, self.metrics
@@ -87,7 +104,9 @@ class Wiring:
 
         self.acting = Acting(self, mailbox("environment"), live, episodes) if episodes else None
         """None where nobody acts."""
-        reporting = (*_REPORTING, "environment") if episodes else _REPORTING
+        self.evaluating = Evaluating(self, mailbox("evaluator")) if evaluates else None
+        """None where nothing is evaluated."""
+        reporting = (*_REPORTING, *["environment"] * bool(episodes), *["evaluator"] * evaluates)
         self.reporters = {actor: _reporter(actor, metrics) for actor in reporting}
         """Of each actor but Metrics."""
         self.metrics_report = _side_reporter("metrics", "metrics incidents", metrics)
@@ -109,6 +128,15 @@ class Acting:
         self.observations = wiring.generator.channel("observations", Observation, bound=live * episodes, side=True)
         self.answered = wiring.metrics.channel("answered", Answered, bound=_SPANS)
         self.hold = wiring.prompter.channel("hold of environments", Hold, bound=1, overflow="newest", side=True)
+
+
+class Evaluating:
+    """The mailbox of the Evaluator, and the channels to and from it."""
+
+    def __init__(self, wiring: Wiring, evaluator: Mailbox) -> None:
+        self.evaluator = evaluator
+        self.asked = evaluator.channel("evaluations", Evaluate, bound=_EVALUATIONS)
+        self.evaluated = wiring.metrics.channel("evaluated", Evaluated, bound=_UPDATES)
 
 
 def _reporter(actor: str, metrics: Mailbox) -> Reporter:

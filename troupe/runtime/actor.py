@@ -64,6 +64,16 @@ class Actor(ABC):
         """How much of the work in hand is done, in a unit that the actor names; 0 where that is not known."""
         return 0
 
+    @property
+    def activity(self) -> str:
+        """What it is at, in words, where its spans do not say it well enough; the same as long as it is the same."""
+        return ""
+
+    @property
+    def progress(self) -> str:
+        """How far it is with that, in words; empty where that is not known."""
+        return ""
+
     def members(self) -> Sequence[MemberStatus]:
         """Who does this actor's work in processes of their own, here or elsewhere."""
         return ()

@@ -10,12 +10,14 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from typing import Any, Generic, TypeVar
 
 import anyio
 import mlx.core as mx
 import msgspec
+
+from troupe.runtime.reporter import Reporter
 
 T = TypeVar("T")
 _PLAIN = {int, float, str}
@@ -72,6 +74,39 @@ class Items(Generic[T]):
                 future.exception()  # retrieved: nobody asks for these items
 
 
+class Turns:
+    """Who may work at a device for a while, where several would: one at a time, in the order of asking, but those in no
+    hurry after all others."""
+
+    def __init__(self) -> None:
+        self.is_taken = False
+        self._waiting: tuple[deque[anyio.Event], deque[anyio.Event]] = (deque(), deque())
+
+    async def take(self, *, hurried: bool = True) -> None:
+        """Wait for a turn; `give` ends it."""
+        if not self.is_taken:
+            self.is_taken = True
+            return
+        waiting, mine = self._waiting[0 if hurried else 1], anyio.Event()
+        waiting.append(mine)
+        try:
+            await mine.wait()
+        except BaseException:
+            if mine.is_set():  # cancelled with the turn in hand
+                self.give()
+            else:
+                waiting.remove(mine)
+            raise
+
+    def give(self) -> None:
+        """The turn is over."""
+        for waiting in self._waiting:
+            if waiting:
+                waiting.popleft().set()
+                return
+        self.is_taken = False
+
+
 class DeviceThread:
     """A single worker thread with its own MLX stream on the default device.
 
@@ -83,6 +118,7 @@ class DeviceThread:
         self._executor = ThreadPoolExecutor(
             max_workers=1, thread_name_prefix=f"troupe-{name}", initializer=_open_stream
         )
+        self.turns = Turns()
 
     async def run(
         self, function: Callable[..., T], *args: Any, on_cancel: Callable[[], None] | None = None, plain: bool = False
@@ -121,6 +157,20 @@ class DeviceThread:
                 on_leave()
             with anyio.CancelScope(shield=True):
                 await items.end()
+
+    @asynccontextmanager
+    async def turn(
+        self, report: Reporter | None = None, *, hurried: bool = True, step: int | None = None
+    ) -> AsyncIterator[None]:
+        """Have the device for a decode, where others decode on it, too; `report` is told of a wait. Who is not
+        `hurried` lets others first. Calls are taken from anybody at any time."""
+        waits = report is not None and self.turns.is_taken
+        with report.span("wait for device", step=step, kind="wait") if report and waits else nullcontext():
+            await self.turns.take(hurried=hurried)
+        try:
+            yield
+        finally:
+            self.turns.give()
 
     async def close(self) -> None:
         """Clear the thread's streams and end it. Safe to call twice."""

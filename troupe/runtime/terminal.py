@@ -7,7 +7,9 @@ through here; what programs read (JSON) through `safe_json`. Pages are HTML, and
 
 import os
 import re
+import shutil
 import sys
+import textwrap
 import unicodedata
 
 import click
@@ -17,6 +19,9 @@ EXIT_BAD_INPUT, EXIT_FAULT, EXIT_INTERRUPTED = 2, 3, 130
 
 _TURNS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 """Marks that change the direction of what follows."""
+_GAP = re.compile(r" *(\S+ )*\S+ {2,}(?=\S)|(?<!\S) +(?=\S)")
+"""Before the text of a line that has a label, or goes on with one."""
+_INDENT = 4
 _IN_JSON = re.compile(f"[\x7f-\x9f{_TURNS}\u2028\u2029]")
 """What acts and may stand in JSON as it is: JSON itself escapes the others."""
 
@@ -36,9 +41,44 @@ def one_line(text: str, encoding: str = "utf-8") -> str:
     return text.encode(encoding, errors="backslashreplace").decode(encoding, errors="replace")
 
 
+def can_write(text: str, encoding: str) -> bool:
+    """Whether an encoding has every letter of a text."""
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def arrows(text: str, encoding: str) -> str:
+    """The text, with -> for → where an encoding lacks that."""
+    return text if can_write("→", encoding) else text.replace("→", "->")
+
+
 def safe_json(text: str) -> str:
     """JSON that means the same, and in which nothing acts."""
     return _IN_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def tell_rows(text: str) -> None:
+    """Print lines of a label and what it says; on a terminal where one is too long, its rest stands below its text."""
+    tell(narrowed(text, shutil.get_terminal_size().columns) if sys.stdout.isatty() else text)
+
+
+def narrowed(text: str, width: int) -> str:
+    """Lines of at most `width` letters, as far as their words allow; what goes on is as far to the right as the text
+    behind the first gap of two spaces."""
+    lines = []
+    for line in text.split("\n"):
+        gap = _GAP.match(line)
+        indent = len(gap[0]) if gap is not None else 0
+        indent = indent if 0 < indent <= width // 2 else _INDENT
+        wrapped = textwrap.wrap(
+            line, max(width, 2 * _INDENT), subsequent_indent=" " * indent,
+            break_long_words=False, break_on_hyphens=False, drop_whitespace=True,
+        )  # fmt: skip
+        lines += wrapped if len(line) > width else [line]
+    return "\n".join(lines)
 
 
 def tell_json(text: str) -> None:

@@ -19,7 +19,7 @@ from tests.support.fakes import make_prompt, make_rollout
 from troupe.actors.learner.batch import CompletionLogProbs, as_rollouts, assemble
 from troupe.actors.learner.gathering import is_usable
 from troupe.actors.learner.measures import num_tokens
-from troupe.actors.learner.rollouts import is_truncated
+from troupe.actors.learner.rollouts import is_truncated, thought_statistics
 from troupe.actors.learner.scores import (
     advantage_statistics,
     advantages_of,
@@ -126,7 +126,7 @@ def test_tokens_of_older_versions_are_left_out_of_the_loss_but_not_of_the_compar
     assert few.batch.sampling_log_probs.tolist() == [[-0.25, -0.5], [-0.25, 0]]
     assert few.batch.advantages.tolist() == whole.batch.advantages[mx.array([0, 3])].tolist()
     assert few.batch.truncated == (False, False)
-    assert few.metrics == whole.metrics
+    assert few.metrics == {**whole.metrics, "tokens/trained": 2.0}
     with pytest.raises(ValueError, match="none of the 4 rows"):
         assemble(groups, LearnerConfig(), weights=weights, pad_id=0, oldest=4)
 
@@ -291,6 +291,7 @@ def test_figures_of_two_groups() -> None:
         "tone": 2.5,
         "reward": mean,
         "reward_std": math.sqrt(sum((x - mean) ** 2 for x in totals) / 3),
+        **{f"reward/q{percent}": q for percent, q in ((10, 0.6), (25, 1.5), (50, 2.0), (75, 2.0), (90, 2.0))},
         "frac_reward_zero_std": 0.5,
         "rewards/a/mean": 1.25,
         "rewards/a/std": math.sqrt((0.25**2 + 1.25**2 + 0.75**2 + 0.75**2) / 3),
@@ -375,3 +376,17 @@ def test_rewards_normalized_one_by_one_may_cancel_out() -> None:
 )
 def test_a_constant_group_never_has_a_signal(score: float, size: int, other: float) -> None:
     assert not has_signal(scored(a=(score,) * size, b=(other,) * size), LearnerConfig(), WEIGHTS)
+
+
+def test_thoughts_that_the_limit_cut_are_counted() -> None:
+    def group(*texts: str, finish: FinishReason = "length", opened: str = "") -> ScoredGroup:
+        prompt = msgspec.structs.replace(make_prompt(0, 0), opened=opened)
+        rollouts = [make_rollout([1, 2], text=text, reason=finish) for text in texts]
+        return ScoredGroup(group=RolloutGroup(prompt=prompt, rollouts=tuple(rollouts)), scores={})
+
+    name = "completions/clipped_in_thoughts"
+    assert thought_statistics([group("on", "and on")]) == {}, "nobody thinks"
+    assert thought_statistics([group("<think>on", "<think>a</think>b", "c")]) == {name: pytest.approx(1 / 3)}
+    assert thought_statistics([group("<think>on", finish="stop")]) == {name: 0.0}
+    assert thought_statistics([group("on", "a</think>b", opened="<think>\n")]) == {name: 0.5}
+    assert thought_statistics([group("<think>a</think>b<think>on")]) == {name: 1.0}, "the last thoughts count"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from tests.support.stored import closed
 from troupe.daemon.page.history import Event, History, _table, figures, read_curves
 from troupe.daemon.page.news import excerpt
 from troupe.daemon.trainer.frames import Happened, Started, Stepped
-from troupe.messages import Incident
+from troupe.messages import Evaluated, Incident
+from troupe.records.evaluations import write_evaluations
 
 pytestmark = pytest.mark.anyio
 LATE = Incident(actor="scorer", kind="reward_timeout", message="late")
@@ -97,6 +99,27 @@ async def test_it_begins_with_what_is_there(tmp_path: Path) -> None:
     await history.read(tmp_path)
     history.add(started(1))
     assert dict(told(history.since(0)[0]))["curves"] == {"step": [1], "reward": [0.5]}
+
+
+async def test_evaluations_are_told_when_there_are_new_ones(tmp_path: Path) -> None:
+    def evaluated(version: int, **figures: float) -> Evaluated:
+        metrics = {f"eval/sums/{name}": value for name, value in figures.items()}
+        return Evaluated(version=version, name="sums", metrics=metrics, rows=())
+
+    history = new_history()
+    await history.look(tmp_path)
+    assert [event.kind for event in history.since(0)[0]] == ["about", "curves"]
+    first = evaluated(0, length=4.0, accuracy=0.25, accuracy_se=0.125)
+    write_evaluations(tmp_path, [first])
+    await history.look(tmp_path)
+    _, number = history.since(0)
+    await history.look(tmp_path)
+    assert history.since(number) == ([], number)
+    write_evaluations(tmp_path, [first, evaluated(10, accuracy=0.5)])
+    os.utime(tmp_path / "evaluations.jsonl", ns=(1, 1))  # written within one tick of the clock
+    await history.look(tmp_path)
+    sums = {"name": "sums", "figure": "accuracy", "share": True, "step": [0, 10], "y": [0.25, 0.5]}
+    assert told(history.since(number)[0]) == [("held_out", [sums | {"errors": [0.125, None]}])]
 
 
 async def test_a_change_wakes_those_who_wait() -> None:

@@ -6,10 +6,8 @@ set.
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -22,28 +20,13 @@ from typing import Any
 
 import pytest
 
+from tests.support.browsers import a_browser, playwright
 from troupe.cli.demo import DEMO_CONFIG
 from troupe.daemon.control.protocol import ask
 from troupe.messages import GetStatus, Status
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 PATIENCE_S = 120.0
-_BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-
-
-def browser_program() -> str:
-    found = next((path for name in _BROWSERS if (path := shutil.which(name))), None)
-    if found is None:
-        assert not os.environ.get("TROUPE_REQUIRE_ORACLES"), "there is no Chromium"
-        pytest.skip("there is no Chromium on this machine")
-    return found
-
-
-def playwright() -> Any:
-    name = "playwright.sync_api"
-    if os.environ.get("TROUPE_REQUIRE_ORACLES"):
-        return importlib.import_module(name)
-    return pytest.importorskip(name)
 
 
 class Daemon:
@@ -120,16 +103,14 @@ class Tab:
 
     @property
     def reward_line(self) -> str:
-        return str(self.page.evaluate("document.querySelector('#curves .line')?.getAttribute('d') ?? ''"))
+        values = "document.querySelector('#curves .chart')?.troupeChart.plot?.data[1] ?? ''"
+        return str(self.page.evaluate(f"JSON.stringify({values})"))
 
 
 @pytest.fixture
 def browser() -> Iterator[Any]:
-    program = browser_program()
-    with playwright().sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
+    with a_browser() as browser:
         yield browser
-        browser.close()
 
 
 def test_a_run_is_watched_paused_saved_killed_and_drained_in_a_browser(tmp_path: Path, browser: Any) -> None:
@@ -155,7 +136,7 @@ def _watch(tab: Tab) -> None:
     height = tab.page.evaluate("document.querySelector('#talks').offsetTop")
     tab.see(lambda: tab.step >= 2)
     line = tab.reward_line
-    tab.see(lambda: tab.reward_line not in ("", line))
+    tab.see(lambda: tab.reward_line not in ('""', line))
     tab.see(lambda: tab.page.locator("#talks .talk").count() >= 6)
     assert re.fullmatch(r"\d+\+\d+=", tab.text("#talks .prompt >> nth=0").strip())
     assert re.search(r"(best|all alike) · \d tokens", tab.text("#talks .talk >> nth=0"))
@@ -165,10 +146,16 @@ def _watch(tab: Tab) -> None:
         "generator",
         "scorer",
         "learner",
+        "evaluator",
         "checkpointer",
         "metrics",
     }
     assert tab.page.locator("#queues .row").count() >= 5
+    tab.see(lambda: re.search(r"held_out accuracy\n\d\d(\.\d)? %", tab.text(".tiles")) is not None)
+    assert (
+        tab.page.evaluate("[...document.querySelectorAll('.chart')].map((one) => one.troupeChart.spec.key)[1]")
+        == "held_out"
+    )
     assert "Nothing needs your attention" in tab.text("#notes")
 
 
@@ -274,5 +261,7 @@ def test_a_judge_that_does_not_listen_is_told_of_in_a_browser(tmp_path: Path, br
         assert tab.page.locator("#incidents .incident").count() < 20
         with socket.create_server(("127.0.0.1", free_tcp_port), backlog=1024):
             tab.see(lambda: tab.text("#notes").startswith("Nothing holds the run up now. Look at the "))
+            tab.see(lambda: tab.text("#notes").startswith("Diagnosis: no signal: in 100% of the groups "))
+        assert tab.page.locator("#notes .note.warn").count() >= 1
         assert "Nothing needs your attention" not in tab.text("#notes")
         assert tab.errors == []

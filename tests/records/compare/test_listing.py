@@ -11,6 +11,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from tests.records.compare.runs import evaluated
+from tests.records.compare.runs import make_run as make_asked
 from tests.records.report.folders import Clock, finish, make_run, write_steps
 from troupe.errors import InputError
 from troupe.records.compare.listing import ListedRun, find_runs, list_run
@@ -39,8 +41,17 @@ def test_what_a_finished_run_came_to(tmp_path: Path) -> None:
     assert (run.state, run.step, run.total_steps, run.seed) == ("finished", 8, 8, 7)
     assert (run.model, run.data) == ("tiny <b>model", None)
     assert run.reward == (0.1, 0.8)
-    assert (run.held_out_metric, run.held_out) == ("accuracy", (0.25, 0.75))
+    assert (run.held_out_metric, run.held_out) == ("eval/held_out/accuracy", (0.25, 0.75))
     assert (run.began_unix_s, run.newest_unix_s, run.seconds) == (1010.0, 1090.0, 80.0)
+
+
+def test_what_a_run_that_evaluates_came_to_and_what_ails_it(tmp_path: Path) -> None:
+    asked = [evaluated(version, {"1+1=": (version / 4, 0.5)}) for version in (0, 1, 2)]
+    make_asked(tmp_path / "it", [0.1, 0.2], evaluations=asked, metrics={"diagnosis/cut": 1.0, "diagnosis/kl": 0.0})
+    run = list_run(tmp_path / "it", "it")
+    assert run.state == "crashed", "its store says that it had begun"
+    assert (run.held_out_metric, run.held_out) == ("eval/sums/avg@2", (0.25, 0.5))
+    assert run.findings == ("cut",)
 
 
 def test_time_between_two_starts_does_not_count(tmp_path: Path) -> None:

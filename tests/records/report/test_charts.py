@@ -42,18 +42,25 @@ def test_values_are_those_of_the_metrics(tmp_path: Path) -> None:
     charts = charts_of(run)
     [mean] = charts["reward"].lines
     assert mean.mean == (0.1, 0.2, 0.3)
-    assert (mean.low, mean.high) == ((0.1 - 0.25, 0.2 - 0.25, 0.3 - 0.25), (0.1 + 0.25, 0.2 + 0.25, 0.3 + 0.25))
+    assert mean.bands == (((0.1, 0.1, 0.1), (0.3, 0.3, 0.3)),), "a deviation is drawn where the line itself was"
     parts = charts["reward_parts"].lines
     assert [(line.name, line.mean) for line in parts] == [("r", (0.05, 0.1, 0.15)), ("style", (0.95, None, 0.85))]
     every, ended = charts["lengths"].lines[0], charts["lengths"].lines[1:]
-    assert (every.mean, every.low, every.high, ended) == ((4.0,) * 3, (2.0,) * 3, (6.0, 7.0, 8.0), ())
+    assert (every.mean, every.bands, ended) == ((4.0,) * 3, (((2.0,) * 3, (6.0, 7.0, 8.0)),), ())
     assert charts["exposed"].lines[0].mean == (0.125,) * 3
 
 
 def test_a_line_of_many_steps_has_a_band(tmp_path: Path) -> None:
     run = run_of(tmp_path, {"loss": 1.0}, {"loss": 3.0}, most_points=1)
     [line] = charts_of(run)["loss"].lines
-    assert (line.mean, line.low, line.high) == ((2.0,), (1.0,), (3.0,))
+    assert (line.mean, line.bands) == ((2.0,), (((1.0,), (3.0,)),))
+
+
+def test_the_reward_has_its_quantiles_about_it(tmp_path: Path) -> None:
+    quantiles = {"reward/q10": 0.1, "reward/q25": 0.2, "reward/q50": 0.5, "reward/q75": 0.7, "reward/q90": 0.9}
+    run = run_of(tmp_path, {"reward": 0.5, "reward_std": 4.0, **quantiles})
+    [line] = charts_of(run)["reward"].lines
+    assert line.bands == (((0.1,), (0.9,)), ((0.2,), (0.7,)))
 
 
 def test_many_rewards_share_charts(tmp_path: Path) -> None:
@@ -70,7 +77,7 @@ def test_one_reward_alone_is_the_reward(tmp_path: Path) -> None:
     run = run_of(tmp_path, {"reward": 1.0, "rewards/r/mean": 1.0})
     charts = charts_of(run)
     assert list(charts) == ["reward"]
-    assert (charts["reward"].lines[0].low, charts["reward"].lines[0].high) == ((), ())
+    assert charts["reward"].lines[0].bands == ()
 
 
 def test_a_reward_of_nothing_but_0_is_drawn(tmp_path: Path) -> None:
@@ -100,6 +107,6 @@ def test_charts_of_episodes(tmp_path: Path) -> None:
     charts = charts_of(run)
     assert list(charts) == ["turns", "observations", "calls", "waits", "tool_waits"]
     [line] = charts["turns"].lines
-    assert (line.low, line.mean, line.high) == ((1.0,), (2.5,), (4.0,))
+    assert (line.mean, line.bands) == ((2.5,), (((1.0,), (4.0,)),))
     assert [line.name for line in charts["waits"].lines] == ["all", "library"]
     assert [line.name for line in charts["tool_waits"].lines] == [f"tool {i}" for i in range(8)]

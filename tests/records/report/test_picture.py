@@ -46,8 +46,9 @@ def test_a_finished_run(tmp_path: Path) -> None:
     finish(tmp_path, 5, 5, accuracy_before=0.25, accuracy_after=0.5, rewards_after={"r": 0.75})
     run = read_run(tmp_path)
     assert (run.state, run.step, run.total_steps) == ("finished", 5, 5)
-    told = [(score.name, score.before, score.after) for score in run.evaluated]
-    assert told == [("accuracy", 0.25, 0.5), ("r", None, 0.75)]
+    [(_, held_out)] = run.held_out.items()
+    told = {name: [(point.version, point.value) for point in points] for name, points in held_out.figures.items()}
+    assert told == {"accuracy": [(0, 0.25), (5, 0.5)], "r": [(5, 0.75)]}
 
 
 @pytest.mark.parametrize(("steps", "scores"), [(3, 0), (5, 1)])
@@ -56,7 +57,7 @@ def test_a_run_that_was_asked_to_end_has_the_scores_of_its_newest_start(
 ) -> None:
     finish(make_run(tmp_path, 5), steps, 9, accuracy_after=0.5)
     run = read_run(tmp_path)
-    assert (run.state, run.step, run.total_steps, len(run.evaluated)) == ("stopped", 5, 9, scores)
+    assert (run.state, run.step, run.total_steps, len(run.held_out)) == ("stopped", 5, 9, scores)
 
 
 def test_max_steps_tell_how_long_a_run_is(tmp_path: Path) -> None:
@@ -237,7 +238,7 @@ def test_what_was_set_while_it_ran(tmp_path: Path) -> None:
 def test_a_broken_summary_tells_nothing(tmp_path: Path, summary: str) -> None:
     make_run(tmp_path, 1)
     (tmp_path / "summary.json").write_text(summary)
-    assert read_run(tmp_path).evaluated == ()
+    assert read_run(tmp_path).held_out == {}
 
 
 def test_files_that_are_no_text_tell_nothing(tmp_path: Path) -> None:
@@ -247,7 +248,7 @@ def test_files_that_are_no_text_tell_nothing(tmp_path: Path) -> None:
     whole = b'{"step": 4, "key": "learner.lr", "value": 1e-05}'
     (tmp_path / "changes.jsonl").write_bytes(b"\n".join([b'{"step": 3, "key": "\xff", "value": 1}', deep, whole]))
     run = read_run(tmp_path)
-    assert (run.evaluated, run.changes) == ((), (Change(step=4, key="learner.lr", value=1e-5),))
+    assert (run.held_out, run.changes) == ({}, (Change(step=4, key="learner.lr", value=1e-5),))
 
 
 def test_a_step_that_nobody_can_count_to_is_left_out(tmp_path: Path) -> None:

@@ -8,11 +8,12 @@ import threading
 from contextlib import suppress
 from io import BytesIO, StringIO, TextIOWrapper
 
+import msgspec
 import pytest
 from rich.console import Console
 
 from tests.records.sinks.steps import closed, status, update
-from troupe.messages import Activity, GroupClosed, Incident, Slot
+from troupe.messages import Activity, Evaluated, Finding, GroupClosed, Incident, Slot
 from troupe.records.sinks.base import RunInfo
 from troupe.records.sinks.console import ConsoleSink, PlainSink, Repeats, _Above
 from troupe.runtime.outlets import of_a_display, unhurried
@@ -234,3 +235,21 @@ def test_three_different_ones_of_a_kind_are_told_and_other_kinds_are_not_held_up
     assert [repeats.is_told_alone(fault(f"sample {i}"), 1.0) for i in range(5)] == [True, True, True, False, False]
     assert repeats.is_told_alone(fault(kind="reward_down"), 1.0)
     assert repeats.counted(2.0, all_of_them=True) == ["2 more reward_error in scorer within 1 s, the newest: sample 4"]
+
+
+def test_plain_lines_tell_of_evaluations_and_of_each_finding_once() -> None:
+    stream = StringIO()
+    sink = PlainSink(RUN, stream, interval_s=100.0, clock=lambda: 50.0)
+    finding = Finding(rule="r", title="nothing to learn", since=2, evidence="all are equal", remedy="--set a.b=1")
+    other = msgspec.structs.replace(finding, rule="o", title="other")
+    for step, findings in enumerate([(), (finding,), (other, finding), (other,)], 1):
+        sink.write(msgspec.structs.replace(update(step, total_steps=9), findings=findings))
+    for version, accuracy in ((0, 0.25), (4, 0.5)):
+        sink.write(Evaluated(version=version, name="sums", metrics={"eval/sums/accuracy": accuracy}, rows=()))
+    assert stream.getvalue().splitlines() == [
+        "step 1/9  ",
+        "diagnosis: nothing to learn: all are equal (since step 2); try --set a.b=1",
+        "diagnosis: other: all are equal (since step 2); try --set a.b=1",
+        "evaluated sums: accuracy 25.0% at step 0",
+        "evaluated sums: accuracy 25.0% → 50.0% at step 4, best 50.0% at step 4",
+    ]

@@ -107,7 +107,7 @@ def test_a_disk_without_room(tmp_path: Path) -> None:
     sink = opened(path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     failures = 0
-    resource.setrlimit(resource.RLIMIT_FSIZE, (220_000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (280_000, hard))
     try:
         for step in range(1, 151):
             try:

@@ -76,6 +76,21 @@ def found(run: StoredRun, **query: Any) -> list[tuple[int, int]]:
     return [(c.gid, c.sample) for c in completions]
 
 
+def test_a_figure_at_few_steps_has_the_ends(tmp_path: Path) -> None:
+    sink = SqliteSink(tmp_path / STORE)
+    sink.open()
+    for step in range(3, 104):
+        sink.write(update(step, reward=math.nan if step == 4 else step / 2))
+    sink.flush()
+    sink.close()
+    with open_store(tmp_path) as run:
+        assert run.values("reward", 2) == [(3, 1.5), (103, 51.5)]
+        assert run.values("reward", 51, up_to=10) == [(step, step / 2) for step in (3, 5, 6, 7, 8, 9, 10)]
+        assert len(run.values("reward", 12)) == 11
+        assert run.values("reward", 5, up_to=2) == []
+        assert run.values("loss", 5) == []
+
+
 def test_the_overview(run: StoredRun) -> None:
     overview = run.overview()
     assert (overview.steps, overview.newest_step, overview.completions) == (3, 3, 18)

@@ -58,6 +58,7 @@ def test_the_run_folder_holds_what_the_readme_says(first: First) -> None:
         "run.toml",
         "summary.json",
         "metrics.jsonl",
+        "evaluations.jsonl",
         "trace.json",
         "run.sqlite",
         "checkpoints",
@@ -125,7 +126,7 @@ def test_eval_with_a_reward_of_ones_own_tells_its_mean_over_the_rows_that_it_sco
     rewards = ("--reward", f"{tmp_path / 'r.py'}:points", "--reward", f"{tmp_path / 'r.py'}:twice")
     figures = json.loads(done(*flags, *rewards, "--json"))
     assert (figures["rows"], figures["accuracy"], figures["rewards"]) == (4, None, {"points": 2.5, "twice": 5.0})
-    assert done(*flags, *rewards).splitlines()[1:] == ["points 2.5000", "twice 5.0000"]
+    assert done(*flags, *rewards).splitlines()[1:4] == ["avg@1 7.5000 ± 2.5981", "points 2.5000", "twice 5.0000"]
 
 
 def test_a_misspelt_command_or_flag_is_refused_with_the_right_one() -> None:

@@ -4,6 +4,7 @@ happened."""
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,20 @@ import pytest
 
 from tests.support.kills import EVERY, STEPS, G, P, Trainer, read_store, run_and_kill, write_run
 from tests.support.runs import lines, timeless
+from troupe.cli.demo import DEMO_CONFIG
 
 pytestmark = pytest.mark.alone
 
 PINNED: dict[str, Any] = {"schedule__max_staleness": 1, "schedule__generator": "thread"}
+CURRICULUM: dict[str, Any] = {
+    "curriculum__enabled": True,
+    "curriculum__passes_from": 0.5,
+    "curriculum__window": 1,
+    "curriculum__retire_at": 0.9,
+    "curriculum__retire_after": 1,
+    "curriculum__revisit_every": 5,
+    "data__path": "rows.json",
+}
 FREE = PINNED | {"schedule__mode": "free"}
 
 
@@ -49,10 +60,14 @@ def uninterrupted(folder: Path, **settings: Any) -> Path:
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_twice_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
-    whole = uninterrupted(tmp_path, **PINNED)
+def test_a_killed_run_chooses_the_same_rows_by_their_pass_rates(tmp_path: Path) -> None:
+    rows = json.loads((DEMO_CONFIG.parent / "arithmetic.json").read_text())[:24]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    whole = uninterrupted(tmp_path, **PINNED, **CURRICULUM)
     assert run_and_kill(tmp_path / "run.toml", tmp_path / "out", kills=2, seed=2) == 2
     check_pinned(tmp_path / "out", whole)
+    last = metrics(whole)[-1]
+    assert 0 < last["curriculum/retired"] < len(rows), "rows are mastered, and others are not"
 
 
 @pytest.mark.slow

@@ -1,8 +1,13 @@
 """The `[evaluation]` section: which sets of rows are evaluated, when, and when a run ends that gets no better."""
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import msgspec
+
+from troupe.policy import GenerationConfig
+from troupe.policy.decode.sampling import GREEDY_BELOW
+from troupe.rewards.estimates import powers_up_to
 
 HELD_OUT = "held_out"
 """The set of `data.eval_path`."""
@@ -28,6 +33,29 @@ class EvaluationSet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     passes_from: float = 1.0
     """A completion with at least this score passes, for `pass@K`."""
 
+    def __post_init__(self) -> None:
+        if self.num_samples > 1 and self.temperature < GREEDY_BELOW:
+            raise ValueError(
+                f"evaluation.sets: {self.name} has num_samples {self.num_samples}, but greedy completions of a row are "
+                "all alike; give it a temperature (1.0 is usual), or one sample"
+            )
+
+    def generation(self, config: GenerationConfig) -> GenerationConfig:
+        """What its rows are completed with, where the run has `config`."""
+        return msgspec.structs.replace(
+            config,
+            num_generations=self.num_samples,
+            temperature=self.temperature,
+            max_completion_length=self.max_completion_length or config.max_completion_length,
+        )
+
+    def metrics(self, rewards: Sequence[str], *, answers: bool) -> list[str]:
+        """Names of the figures that it may have, with rewards of these names. `answers`: whether rows have any."""
+        K = self.num_samples
+        figures = [f"avg@{K}", *(f"pass@{k}" for k in powers_up_to(K))]
+        figures += ["accuracy", *[f"maj@{K}"] * (K > 1)] if answers else []
+        return [f"eval/{self.name}/{figure}" for figure in (*figures, *rewards, "length", "clipped", "missing")]
+
 
 class EvaluationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The `[evaluation]` section."""
@@ -47,3 +75,18 @@ class EvaluationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """End the run when so many evaluations in a row were no better than the best before them; 0: never."""
     min_delta: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     """By how much one has to be better to count."""
+
+    def __post_init__(self) -> None:
+        names = [each.name for each in self.sets]
+        if twice := [name for name in names if names.count(name) > 1 or name == HELD_OUT]:
+            of = f"; {HELD_OUT} is that of data.eval_path" if twice[0] == HELD_OUT else ""
+            raise ValueError(f"evaluation.sets: the name {twice[0]} is taken{of}; give each set one of its own")
+        if self.patience and not self.every:
+            raise ValueError(
+                f"evaluation.patience is {self.patience}, but evaluation.every is 0, so nothing would be looked at "
+                "while training goes on; give evaluation.every"
+            )
+
+    def is_due(self, version: int) -> bool:
+        """Whether a version is to be evaluated, the last one of a run apart."""
+        return self.at_start if version == 0 else self.every > 0 and version % self.every == 0

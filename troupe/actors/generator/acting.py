@@ -157,7 +157,7 @@ class ActingGenerator(Actor):
             if pool.waiting or not pool.ready:
                 await pool.news()
                 continue
-            async with self._at_device:
+            async with self._at_device, self._device.turn(self.report, step=step):
                 self._engine.load(await self._board.get(version), version)
                 await self._decode(pool, step, part.name)
         await self._leave(pool)
@@ -191,6 +191,10 @@ class ActingGenerator(Actor):
 
     async def _decode_newest(self, pool: Pool, most_at_once: int) -> None:
         """Decode what is ready, and what becomes so meanwhile, until nothing is under way."""
+        async with self._device.turn(self.report):
+            await self._decode_newest_now(pool, most_at_once)
+
+    async def _decode_newest_now(self, pool: Pool, most_at_once: int) -> None:
         version, weights = await self._board.newer_than(-1)
         self._engine.load(weights, version)
         if pool.session is None:

@@ -6,7 +6,7 @@ from typing import ClassVar, NamedTuple
 
 import anyio
 
-from troupe.actors.generator.parts import parts_of
+from troupe.actors.generator.parts import key_of, parts_of
 from troupe.actors.learner.batch import as_rollouts
 from troupe.actors.ledgers import Rounds
 from troupe.messages import Prompt, Rollout, RolloutGroup, ScoredGroup
@@ -123,7 +123,13 @@ class Generator(Actor):
             self._engine.load(weights, version)
 
     async def _decode(self, prompts: Sequence[Prompt], step: int | None, part: str = "") -> None:
-        requests = [RolloutRequest(prompt_ids=prompt.prompt_ids, key=self._key(prompt)) for prompt in prompts]
+        async with self._device.turn(self.report, step=step):
+            await self._decode_now(prompts, step, part)
+
+    async def _decode_now(self, prompts: Sequence[Prompt], step: int | None, part: str) -> None:
+        requests = [
+            RolloutRequest(prompt_ids=prompt.prompt_ids, key=key_of(self._seed, prompt.slot)) for prompt in prompts
+        ]
         with self.report.span("generate", step=step, part=part):
             decoding = self._engine.decode_lists(requests)  # before anybody can leave: it forgets an abort
             async with self._device.iterate(self._completed(decoding), on_leave=self._engine.abort) as completed:
@@ -150,6 +156,3 @@ class Generator(Actor):
                 yield _Decoded(completions, computed)
                 computed = []
             start_s = time.perf_counter()
-
-    def _key(self, prompt: Prompt) -> tuple[int, ...]:
-        return (self._seed, prompt.slot.step, prompt.slot.place, prompt.slot.attempt)

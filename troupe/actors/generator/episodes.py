@@ -11,6 +11,7 @@ from typing import Literal
 
 import msgspec
 
+from troupe.actors.generator.parts import key_of
 from troupe.messages import FinishReason, Observation, Prompt, Rollout, RolloutGroup, RowStart, TurnTaken
 from troupe.policy import CompletedTurn, TurnRequest
 
@@ -145,7 +146,7 @@ class Episodes:
         self._limits, self._decode_text = limits, decode_text
         self._samples = {
             prompt.gid: [
-                _Sample(prompt, number, (*_key(seed, prompt), number), limits.room(prompt.prompt_ids))
+                _Sample(prompt, number, (*key_of(seed, prompt.slot), number), limits.room(prompt.prompt_ids))
                 for number in range(limits.num_generations)
             ]
             for prompt in self.prompts
@@ -220,7 +221,3 @@ class Episodes:
     def pop_finished(self) -> list[RolloutGroup]:
         """The groups whose last sample has ended since the last call, without what became of them outside."""
         return [self._finished.popleft() for _ in range(len(self._finished))]
-
-
-def _key(seed: int, prompt: Prompt) -> tuple[int, ...]:
-    return (seed, prompt.slot.step, prompt.slot.place, prompt.slot.attempt)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import msgspec
 
-from troupe.messages import Prompt
+from troupe.messages import Prompt, Slot
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,3 +47,8 @@ def parts_of(prompts: Iterable[Prompt], parts: int | None, version: int | None) 
         )
         for number, together in sorted(dealt.items())
     ]
+
+
+def key_of(seed: int, slot: Slot) -> tuple[int, ...]:
+    """What the noise of a group is drawn from, to which each sample adds its number."""
+    return (seed, slot.step, slot.place, slot.attempt)

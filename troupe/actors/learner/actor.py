@@ -8,6 +8,7 @@ import anyio
 import msgspec
 from anyio.abc import TaskGroup
 
+from troupe.actors.evaluator.asking import Evaluations
 from troupe.actors.learner.gathering import Gathering, StepGroups, gid_of, slot_of
 from troupe.actors.learner.measures import (
     StepMeter,
@@ -16,7 +17,7 @@ from troupe.actors.learner.measures import (
     sampled_tokens,
     staleness_statistics,
 )
-from troupe.actors.learner.scores import weighted_rewards
+from troupe.actors.learner.scores import pass_rates, weighted_rewards
 from troupe.actors.learner.train import BatchTrainer, Learned, LearnerState, Snapshots
 from troupe.errors import RunError
 from troupe.messages import (
@@ -47,6 +48,8 @@ class LearnerOutputs(msgspec.Struct, frozen=True, kw_only=True):
     closed_to_metrics: Channel[GroupClosed]
     updates: Channel[Update]
     snapshots: Channel[Snapshot]
+    evaluations: Evaluations | None = None
+    """To the evaluator, where there is one."""
 
 
 class Learner(Actor):
@@ -81,7 +84,13 @@ class Learner(Actor):
         """`keep_rate`: writes down that the peak learning rate changes, before it does; OSError where it cannot be."""
         super().__init__(
             inbox,
-            [outputs.closed_to_prompter, outputs.closed_to_metrics, outputs.updates, outputs.snapshots],
+            [
+                outputs.closed_to_prompter,
+                outputs.closed_to_metrics,
+                outputs.updates,
+                outputs.snapshots,
+                *([] if outputs.evaluations is None else [outputs.evaluations.channel]),
+            ],
             report,
         )
         self._to = outputs
@@ -140,11 +149,16 @@ class Learner(Actor):
             self._watching.start_soon(others.watch)
             await others.meet(self._device)
         await self._device.run(self._trainer.open)
+        if (evaluations := self._to.evaluations) is not None:
+            await evaluations.begin(self.version, self.weights)
+            await self._end_early()
         await self._learn_what_is_ready()
 
     async def finish(self) -> None:
         """The run is over: its last version becomes the final policy."""
         await self._send_snapshot(final=True)
+        if (evaluations := self._to.evaluations) is not None:
+            await evaluations.ask_last(self.version, self.weights)
 
     async def stop(self) -> None:
         """End the other ranks."""
@@ -162,6 +176,7 @@ class Learner(Actor):
 
     async def _learn_what_is_ready(self) -> None:
         while self._gathering.is_ready(self.version):
+            await self._end_early()
             if not self._snapshots.beside_learning:
                 with self.report.span("wait for checkpoint", step=self.version, kind="wait"):
                     await self._to.snapshots.settled()
@@ -178,16 +193,36 @@ class Learner(Actor):
                 self.report.record(name, start_s, end_s, step=self.version)
         self._state = learned.state
         self._snapshots.open_groups.end(slot_of(group) for group in step.groups)
+        of_rows, retired = self._count_rows(step)
         with self.report.span("publish", step=self.version - 1):
             self._board.publish(self.version, self.weights)
         async with finishing(self.closing_s):  # the step counts: whoever stops us, its end is reported
-            await self._close(step, learned.advantages)
-            update = self._update(step, learned.metrics, time.perf_counter() - started_s)
+            await self._close(step, learned)
+            update = self._update(step, {**learned.metrics, **of_rows}, time.perf_counter() - started_s)
             await self._to.updates.send(update)
             self._snapshots.add(update.metrics)
+        if retired:
+            await self.report.incident(Incident(actor=self.name, kind="rows_retired", message=retired))
         await self._check_finite(learned)
         if self.version % self._snapshots.every == 0 and self.version < self._trainer.total_steps:
             await self._send_snapshot()
+        if (evaluations := self._to.evaluations) is not None:
+            await evaluations.ask(self.version, self.weights)
+
+    async def _end_early(self) -> None:
+        """Go no further where the run gets no better: who runs it ends it."""
+        evaluations = self._to.evaluations
+        if evaluations is not None and await evaluations.end_run(self.version):
+            await anyio.sleep_forever()
+
+    def _count_rows(self, step: StepGroups) -> tuple[dict[str, float], str]:
+        """Have the curriculum know what the step came to; its metrics, and what to tell where no row is left."""
+        curriculum = self._snapshots.curriculum
+        if curriculum is None:
+            return {}, ""
+        rates = pass_rates(step.groups, self._trainer.reward_weights, curriculum.config)
+        metrics = curriculum.learned(self.version, rates, self._snapshots.oldest_open(self._trainer.config.batch_size))
+        return metrics, curriculum.news()
 
     async def _set_rate(self, lr: float) -> None:
         """Another peak for the next step and all that follow."""
@@ -216,7 +251,7 @@ class Learner(Actor):
                 "lower learner.lr, or look for scores that are huge"
             )
 
-    async def _close(self, step: StepGroups, advantages: Mapping[int, tuple[float, ...]]) -> None:
+    async def _close(self, step: StepGroups, learned: Learned) -> None:
         for state in dict.fromkeys(step.states.values()):
             gids = [gid_of(group) for group in step.ending(state)]
             self.report.mark(f"close: {state}", step=self.version - 1, gids=gids)
@@ -235,7 +270,8 @@ class Learner(Actor):
                 version=self.version,
                 scored=group,
                 rewards=weighted_rewards(group, self._trainer.reward_weights),
-                advantages=advantages.get(prompt.gid),
+                advantages=learned.advantages.get(prompt.gid),
+                token_figures=learned.figures.get(prompt.gid, ()),
             )
             await self._to.closed_to_metrics.send(closed)
             if prompt.gid not in step.replaced:
@@ -270,6 +306,7 @@ class Learner(Actor):
 
     def snapshot(self, *, final: bool = False) -> Snapshot:
         """Everything a checkpoint of the last completed batch needs, by reference."""
-        return self._snapshots.make(
-            self._state, self.inbox, self._board.kept, self._gathering.unfinished(), final=final
-        )
+        needed, evaluations = self._board.kept, self._to.evaluations
+        if evaluations is not None:
+            needed = {**evaluations.pending, **needed}
+        return self._snapshots.make(self._state, self.inbox, needed, self._gathering.unfinished(), final=final)

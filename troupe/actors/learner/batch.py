@@ -174,6 +174,7 @@ def assemble(
     batch = _batch_of(rows, groups, of_rows, pad_id)
     if oldest is not None:
         batch = batch.with_tokens([row.has_young(oldest) for row in rows])
+    metrics["tokens/trained"] = float(batch.completion_mask.sum())
     values: list[float] = advantages.tolist()  # type: ignore[assignment]
     by_group = tuple(tuple(values[i : i + G]) for i in range(0, len(values), G))
     return Assembled(batch=batch, advantages=by_group, metrics=metrics)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 from troupe.messages import Rollout, ScoredGroup
+from troupe.policy.text.tokenizer import CLOSED, OPENED
 
 
 def is_truncated(rollout: Rollout) -> bool:
@@ -65,3 +66,18 @@ def length_statistics(rollouts: Sequence[Rollout]) -> dict[str, float]:
         "completions/min_terminated_length": float(min(terminated)),
         "completions/max_terminated_length": float(max(terminated)),
     }
+
+
+def thought_statistics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
+    """Which part of the completions was cut before the thoughts had an end; nothing where none thinks."""
+    rollouts = [(scored.group.prompt.opened, rollout) for scored in groups for rollout in scored.group.rollouts]
+    thinking = [(opened, rollout) for opened, rollout in rollouts if OPENED in opened or OPENED in rollout.text]
+    if not thinking:
+        return {}
+    cut = sum(is_truncated(rollout) and _thinks_on(opened + rollout.text) for opened, rollout in thinking)
+    return {"completions/clipped_in_thoughts": cut / len(rollouts)}
+
+
+def _thinks_on(text: str) -> bool:
+    """Whether the last thoughts have no end."""
+    return text.rfind(OPENED) > text.rfind(CLOSED)

@@ -10,7 +10,9 @@ from typing import Any
 import mlx.core as mx
 
 from troupe.actors.learner.episodes import Turns, compared_turns, episode_statistics
-from troupe.actors.learner.rollouts import length_statistics, logged_means
+from troupe.actors.learner.rollouts import length_statistics, logged_means, thought_statistics
+from troupe.dataset import CurriculumConfig
+from troupe.dataset.curriculum import pass_rate
 from troupe.grpo import LearnerConfig, compute_advantages, reward_statistics, spread_within_groups
 from troupe.messages import ScoredGroup
 
@@ -66,6 +68,20 @@ def weighted_rewards(group: ScoredGroup, weights: Mapping[str, float]) -> tuple[
     return tuple(rewards)
 
 
+def pass_rates(
+    groups: Sequence[ScoredGroup], weights: Mapping[str, float], config: CurriculumConfig
+) -> list[tuple[int, float | None]]:
+    """Row and pass rate of each group; None where no completion has a score that counts."""
+    rates = []
+    for group in groups:
+        scores: Sequence[float | None] = weighted_rewards(group, weights)
+        if config.reward is not None:
+            faulted, named = group.faulted, group.scores[config.reward]
+            scores = [None if sample in faulted else score for sample, score in enumerate(named)]
+        rates.append((group.group.prompt.row, pass_rate(scores, config.passes_from)))
+    return rates
+
+
 def has_signal(group: ScoredGroup, config: LearnerConfig, weights: Mapping[str, float], gamma: float = 1.0) -> bool:
     """Whether some advantage of the group, taken alone, is not 0: of a completion or, where there are such, of a turn.
 
@@ -88,9 +104,23 @@ def group_statistics(
     return {
         **logged_means(groups),
         **rewards,
+        **quantile_statistics([reward for group in groups for reward in weighted_rewards(group, weights)]),
         **length_statistics([rollout for g in groups for rollout in g.group.rollouts]),
+        **thought_statistics(groups),
         **episode_statistics([g.group for g in groups]),
     }
+
+
+def quantile_statistics(rewards: Sequence[float | None]) -> dict[str, float]:
+    """`reward/q10`, `/q25`, `/q50`, `/q75` and `/q90` of the rewards that are there, between two of them in proportion;
+    NaN where there is none."""
+    there = sorted(reward for reward in rewards if reward is not None)
+    found = {}
+    for percent in (10, 25, 50, 75, 90):
+        below, part = divmod(percent * (len(there) - 1), 100)
+        pair = there[below : below + 2] if there else [math.nan]
+        found[f"reward/q{percent}"] = pair[0] + (pair[-1] - pair[0]) * part / 100
+    return found
 
 
 def spread_statistics(

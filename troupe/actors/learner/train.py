@@ -13,15 +13,17 @@ from typing import NamedTuple, Protocol
 import mlx.core as mx
 import msgspec
 
+from troupe.actors.curriculum import Curriculum
 from troupe.actors.learner.batch import Assembled, CompletionLogProbs, assemble
 from troupe.actors.learner.gathering import StepGroups, gid_of, slot_of
 from troupe.actors.learner.measures import num_tokens
 from troupe.actors.learner.scores import group_statistics, has_signal, spread_statistics
+from troupe.actors.learner.token_figures import Watched
 from troupe.actors.ledgers import OpenGroups
 from troupe.grpo import Batch, LearnerConfig, StepResult, learning_rate, sync_reference, train_on_batch
 from troupe.grpo.loss import has_entropy_bonus
 from troupe.grpo.ranks import OneRank, Ranks
-from troupe.messages import MemberStatus, ScoredGroup, Snapshot, Unfinished
+from troupe.messages import MemberStatus, ScoredGroup, Snapshot, TokenFigures, Unfinished
 from troupe.policy import Base, NetworkConfig, Weights
 from troupe.runtime.device import DeviceThread
 from troupe.runtime.linux_cpu import blas_limited
@@ -51,6 +53,8 @@ class Learned(NamedTuple):
     metrics: dict[str, float]
     advantages: dict[int, tuple[float, ...]]
     """Gid → (G,) of the groups that were trained on."""
+    figures: dict[int, tuple[TokenFigures | None, ...]]
+    """Gid → (G,) of the same groups, where they are kept."""
     parts: list[tuple[str, float, float]]
     """Parts of the work, with start and end (`time.perf_counter`)."""
 
@@ -119,8 +123,13 @@ class BatchTrainer:
         self.others: OtherRanks | None = None
         self.ranks: Ranks = OneRank()
         """That learn a batch together."""
+        self.watched: Watched | None = None
         self.told: Callable[[int, Batch | None, Sequence[float]], None] = lambda version, batch, rates: None
         """Called with every step before it is learned: the version that it begins with, and learning rates."""
+
+    def watch(self) -> None:
+        """Keep what is computed of each token, for those who close its group."""
+        self.watched = Watched(self._log_probs)
 
     def open(self) -> None:
         """Get ready, on the thread that `train` will be called on."""
@@ -147,16 +156,19 @@ class BatchTrainer:
             parts.append((name, parts[-1][2] if parts else began_s, time.perf_counter()))
 
         advantages: dict[int, tuple[float, ...]] = {}
+        figures: dict[int, tuple[TokenFigures | None, ...]] = {}
         metrics, batch = self.describe(step), None
         if trained := step.ending("trained"):
             assembled = self.assemble(trained, step.oldest if step.drops_stale else None)
             batch = assembled.batch
             advantages = {gid_of(group): a for group, a in zip(trained, assembled.advantages, strict=True)}
-            metrics = {**assembled.metrics, **metrics, "tokens/trained": float(batch.completion_mask.sum())}
+            metrics = {**assembled.metrics, **metrics}
         self.told(state.version, batch, self.learning_rates(state.version))
         state, of_result = self.advance(state, batch, end_part)
         state = msgspec.structs.replace(state, num_tokens=state.num_tokens + num_tokens(step.groups))
-        return Learned(state, {**metrics, **of_result}, advantages, parts)
+        if self.watched is not None:
+            figures = self.watched.collect(trained)
+        return Learned(state, {**metrics, **of_result}, advantages, figures, parts)
 
     def advance(
         self, state: LearnerState, batch: Batch | None, on_part: Callable[[str], None]
@@ -206,7 +218,7 @@ class BatchTrainer:
                 state.weights,
                 state.optimizer_state,
                 batch,
-                self._log_probs,
+                self.watched or self._log_probs,
                 self.config,
                 lr=self.learning_rates(state.version),
                 ref_weights=state.reference,
@@ -254,15 +266,17 @@ class Snapshots:
         open_groups: OpenGroups,
         recorded: Mapping[int, ScoredGroup],
         next_prompt: Callable[[], int] = lambda: 0,
+        curriculum: Curriculum | None = None,
     ) -> None:
         """`beside_learning`: a step is learned while a checkpoint is written. `with_reference`: the reference follows
         the policy. `open_groups`: shared with who begins them. `recorded`: gid → groups that had their scores when the
         run was resumed and have not come to the learner yet. `next_prompt`: number of the prompt that will be begun
-        next."""
+        next. `curriculum`: chooses the rows of steps to come."""
         self.every = every
         """Steps from one snapshot to the next."""
         self.beside_learning = beside_learning
         self.open_groups = open_groups
+        self.curriculum = curriculum
         self._with_reference = with_reference
         self._recorded = recorded
         self._next_prompt = next_prompt
@@ -274,6 +288,10 @@ class Snapshots:
             if math.isfinite(value):
                 total, count = self._sums.get(name, (0.0, 0))
                 self._sums[name] = total + value, count + 1
+
+    def oldest_open(self, batch_size: int) -> int:
+        """The first step of which a group is under way, or will be prompted next."""
+        return min([self._next_prompt() // batch_size, *(group.slot.step for group in self.open_groups.all())])
 
     def forget_metrics(self) -> None:
         """Begin new means, the snapshot with the old ones being sent."""
@@ -290,8 +308,8 @@ class Snapshots:
     ) -> Snapshot:
         """Everything a checkpoint of `state` needs, by reference.
 
-        `published`: the versions on the board; `collected`: the groups that the learner has; those in its `inbox` are
-        found there.
+        `published`: the versions on the board, and those still to be evaluated; `collected`: the groups that the
+        learner has; those in its `inbox` are found there.
         """
         means = {name: total / count for name, (total, count) in self._sums.items()}
         return Snapshot(
@@ -309,6 +327,7 @@ class Snapshots:
                 open=self.open_groups.all(),
                 scored=self._scored(state.version, inbox, set(map(gid_of, collected.collected))),
             ),
+            curriculum=None if self.curriculum is None else self.curriculum.state(),
             final=final,
         )
 

@@ -6,7 +6,7 @@ is kept for a watcher, and one who is slow misses what was pushed out meanwhile.
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,12 @@ import msgspec
 
 from troupe.daemon.control.protocol import encode_line
 from troupe.daemon.trainer.frames import Happened, Started, Stepped
-from troupe.messages import Status
+from troupe.messages import Evaluated, Status
 from troupe.records.curves import Curves
+from troupe.records.evaluations import read_evaluations
 from troupe.records.figures import LIVE, function_of
-from troupe.records.layout import METRICS
+from troupe.records.held_out import HeldOut
+from troupe.records.layout import EVALUATIONS, METRICS
 from troupe.records.sinks.jsonl import decode_step
 
 _STEPS, _GROUPS, _INCIDENTS = 256, 16, 64
@@ -45,6 +47,28 @@ def read_curves(path: Path) -> Curves:
     return curves
 
 
+def held_out(evaluations: Iterable[Evaluated]) -> list[dict[str, Any]]:
+    """Of each set the figure that says most: its name, and versions, values and standard errors of the same length."""
+    told = HeldOut()
+    errors: dict[str, list[float | None]] = {}
+    for evaluated in evaluations:
+        told.add(evaluated.version, evaluated.name, evaluated.metrics)
+        if evaluated.name in told.sets:
+            errors.setdefault(evaluated.name, []).append(told.sets[evaluated.name].error)
+    return [
+        {
+            "name": name,
+            "figure": standing.figure,
+            "share": standing.is_share,
+            "step": list(standing.values),
+            "y": [_rounded(value) for value in standing.values.values()],
+            "errors": [None if error is None else _rounded(error) for error in errors[name]],
+        }
+        for name, standing in told.sets.items()
+        if len(errors[name]) == len(standing.values)
+    ]
+
+
 class Event(msgspec.Struct, frozen=True):
     """Something for those who watch."""
 
@@ -63,6 +87,9 @@ class History:
         self._curves = Curves()
         self._newest = 0
         self._status: Event | None = None
+        self._held_out: Event | None = None
+        self._evaluated_ns = 0
+        """When the file of evaluations was written that was read last."""
         self._end: Event | None = None
         self._steps: deque[Event] = deque(maxlen=_STEPS)
         self._groups: deque[Event] = deque(maxlen=_GROUPS)
@@ -78,6 +105,19 @@ class History:
     async def read(self, folder: Path) -> None:
         """Begin with the steps that the run in the folder has made already."""
         self._curves = await anyio.to_thread.run_sync(read_curves, folder / METRICS)
+
+    async def look(self, folder: Path) -> None:
+        """Read the evaluations of the run in the folder, where there are new ones."""
+        try:
+            written_ns = (folder / EVALUATIONS).stat().st_mtime_ns
+        except OSError:
+            return
+        if written_ns == self._evaluated_ns:
+            return
+        self._evaluated_ns = written_ns
+        told = held_out(await anyio.to_thread.run_sync(read_evaluations, folder))
+        self._held_out = self._event("held_out", told)
+        self._changed()
 
     def add(self, frame: Started | Stepped | Happened) -> None:
         """What a trainer tells."""
@@ -127,7 +167,7 @@ class History:
         """What is newer than `number`, in order, and the number to ask with next; 0: everything."""
         newest = self._newest
         events = [event for kept in (self._steps, self._groups, self._incidents) for event in kept]
-        events += [event for event in (self._status, self._end) if event is not None]
+        events += [event for event in (self._held_out, self._status, self._end) if event is not None]
         newer = sorted((event for event in events if event.number > number), key=lambda event: event.number)
         if number < self._steps_begin or not number:
             newer = [event for event in newer if event.kind != "step"]

@@ -22,21 +22,28 @@ import msgspec
 
 from troupe.daemon.control.place import read_address, remove_address, write_address
 from troupe.daemon.control.protocol import ProtocolError, Reply, Request, decode_request
+from troupe.daemon.page.completions import PATHS, Completions
 from troupe.daemon.page.history import Event, History
 from troupe.errors import ConfigError
 from troupe.messages import Checkpoint, Drain, Pause, Refused, Resume, Status, Step, Stop
 from troupe.records.figures import live_charts
-from troupe.records.report.static import read_asset, script_safe
+from troupe.records.report.static import (
+    BROWSER_SCRIPTS,
+    BROWSER_STYLES,
+    CHART_SCRIPTS,
+    CHART_STYLES,
+    read_asset,
+    script_safe,
+)
 from troupe.records.sinks.prometheus import CONTENT_TYPE, exposition
 from troupe.runtime.http import HOST, HttpLimits, HttpRequest, HttpResponse, HttpServer, RefusedError
 
 _FILES = {
     "": ("live.html", "text/html; charset=utf-8"),
-    "style.css": ("style.css", "text/css; charset=utf-8"),
-    "live.css": ("live.css", "text/css; charset=utf-8"),
+    **{Path(name).name: (name, "text/css; charset=utf-8") for name in (*CHART_STYLES, "live.css", *BROWSER_STYLES)},
     **{
-        f"{name}.js": (f"{name}.js", "text/javascript; charset=utf-8")
-        for name in ("format", "charts", "show", "members", "live", "buttons")
+        Path(name).name: (name, "text/javascript; charset=utf-8")
+        for name in (*CHART_SCRIPTS, *BROWSER_SCRIPTS, "served.js", "show.js", "members.js", "live.js", "buttons.js")
     },
 }
 _ASSETS = Path(__file__).with_name("assets")
@@ -90,6 +97,7 @@ class Page:
         self._token = secrets.token_urlsafe(32)
         self._base = f"/{secrets.token_urlsafe(12)}/"
         self._files = {name: (_read(file), kind) for name, (file, kind) in _FILES.items()}
+        self._completions = Completions(folder)
         self._watchers = 0
         self._watched = anyio.Event()
         self._left = anyio.Event()
@@ -150,6 +158,8 @@ class Page:
             case "GET", name if name in self._files and path.startswith(base):
                 body, kind = self._files[name]
                 return HttpResponse(kind=kind, body=body)
+            case "GET", name if path.startswith(base) and name in PATHS:
+                return await self._completions.answer(name, request.query)
             case "POST", "ask":
                 return await self._ask(request)
             case "GET" | "POST", _:
@@ -244,6 +254,7 @@ class Page:
                 self._watched = anyio.Event()
                 await self._watched.wait()
             self._history.now(await self._daemon.status())
+            await self._history.look(self._folder)
             await anyio.sleep(self._status_s)
 
 

@@ -111,6 +111,8 @@ class Finished(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     steps: int
     total_steps: int
+    stopped_early: str = ""
+    """As in `RunResult`."""
 
 
 class Rejected(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):

@@ -112,7 +112,8 @@ async def _run(connection: Connection, begin: Begin, supervise: Supervise) -> Fi
             checking.cancel()
 
     await together([listen, check, work])
-    return Finished(steps=run.result.steps, total_steps=run.result.total_steps)
+    result = run.result
+    return Finished(steps=result.steps, total_steps=result.total_steps, stopped_early=result.stopped_early)
 
 
 async def _answer(run: Supervisor, ask: Ask, connection: Connection) -> None:
@@ -172,15 +173,17 @@ def _leads_to(folder: Path, identity: tuple[int, int]) -> bool:
 
 
 def _finished(folder: Path, config: RunConfig) -> Finished | None:
-    """How far the run in the folder came, where it made every step that this config asks for."""
+    """How far the run in the folder came, where no step is left that this config asks for."""
     summary = read_summary(folder)
     if summary is None or summary.total_steps is None:
         return None
-    stored, asked = load_config(folder / RUN_TOML).learner, config.learner
+    whole = load_config(folder / RUN_TOML)
+    stored, asked = whole.learner, config.learner
+    over = summary.steps >= summary.total_steps or (summary.stopped_early and whole.evaluation == config.evaluation)
     as_long = (stored.epochs, stored.max_steps, stored.batch_size) == (asked.epochs, asked.max_steps, asked.batch_size)
-    if summary.steps < summary.total_steps or not as_long:
+    if not over or not as_long:
         return None
-    return Finished(steps=summary.steps, total_steps=summary.total_steps)
+    return Finished(steps=summary.steps, total_steps=summary.total_steps, stopped_early=summary.stopped_early)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Of each run little is read, so that hundreds take a second; whatever is damaged 
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,10 @@ import msgspec
 
 from troupe.dataset import source_name
 from troupe.errors import InputError, TroupeError
+from troupe.messages import Evaluated
+from troupe.records.compare.held_out import HeldOut, held_out_before, held_out_of
 from troupe.records.compare.settings import settings_of
+from troupe.records.evaluations import read_evaluations
 from troupe.records.layout import METRICS, RUN_TOML, STORE
 from troupe.records.report.picture import STATES, State, planned_steps
 from troupe.records.sinks.jsonl import decode_step
@@ -24,6 +27,7 @@ from troupe.runtime.lock import read_owner
 
 _DEEPEST = 3
 """Folders between the one that is looked through and a run."""
+_RULE = "diagnosis/"
 _TAIL_BYTES = 1 << 16
 _NO_RUN = ("checkpoints", "final", "node_modules", "__pycache__")
 """Folders in which nobody keeps runs."""
@@ -48,9 +52,14 @@ class ListedRun(msgspec.Struct, frozen=True, kw_only=True):
     seed: int | None = None
     reward: Ends = (None, None)
     """Of the first and of the newest step."""
+    trend: tuple[float, ...] = ()
+    """Rewards of some steps, from the first to the newest."""
     held_out: Ends = (None, None)
     """On rows that are not trained on, by the first and by the newest evaluation: the first set's `held_out_metric`."""
     held_out_metric: str | None = None
+    """`eval/SET/FIGURE`."""
+    findings: tuple[str, ...] = ()
+    """The rules of the diagnosis that hold at the newest step."""
     began_unix_s: float | None = None
     newest_unix_s: float | None = None
     """When something was written last."""
@@ -69,6 +78,11 @@ def find_runs(folder: Path) -> Iterator[Path]:
         yield from _found(folder, _DEEPEST)
     except OSError as error:
         raise InputError(f"{folder}: the folder cannot be read: {error}") from None
+
+
+def runs_meant(folders: Sequence[Path]) -> list[Path]:
+    """The runs that are meant by these folders: one that is no run, but that runs lie in, stands for all of them."""
+    return [run for folder in folders for run in (list(find_runs(folder)) if folder.is_dir() else []) or [folder]]
 
 
 def _found(folder: Path, deeper: int) -> Iterator[Path]:
@@ -95,12 +109,15 @@ def list_run(folder: Path, name: str) -> ListedRun:
         return ListedRun(name=name, folder=str(folder), state=None, note=str(error))
     notes: list[str] = []
     config = _config(folder, notes)
-    ends = _ends(folder, notes)
+    ends, evaluations = _ends(folder, notes)
     summary = read_summary(folder) or Summary()
     step = max(ends.step, fate.step)
-    metric, held_out = _held_out(summary if summary.steps >= step else Summary())
+    sets = held_out_of(evaluations or read_evaluations(folder)) or held_out_before(
+        summary if summary.steps >= step else Summary()
+    )
+    metric, held_out = _held_out(sets)
     model, data, seed = map(settings_of(config).get, ("model.path", "data.path", "seed"))
-    notes += _lock_notes(folder, fate)
+    notes += _standing_notes(folder, fate)
     return ListedRun(
         name=name,
         folder=str(folder),
@@ -111,8 +128,12 @@ def list_run(folder: Path, name: str) -> ListedRun:
         data=source_name(data) if isinstance(data, str) else None,
         seed=seed if isinstance(seed, int) else None,
         reward=(ends.first.get("reward"), ends.newest.get("reward")),
+        trend=ends.rewards,
         held_out=held_out,
         held_out_metric=metric,
+        findings=tuple(
+            name.removeprefix(_RULE) for name, held in ends.newest.items() if name.startswith(_RULE) and held
+        ),
         began_unix_s=ends.began_unix_s,
         newest_unix_s=ends.newest_unix_s or _touched(folder),
         seconds=ends.seconds,
@@ -128,12 +149,12 @@ def _config(folder: Path, notes: list[str]) -> dict[str, Any]:
         return {}
 
 
-def _ends(folder: Path, notes: list[str]) -> Glance:
-    """From the store, or else from the first and the last line of metrics.jsonl."""
+def _ends(folder: Path, notes: list[str]) -> tuple[Glance, list[Evaluated]]:
+    """From the store, or else from the first and the last line of metrics.jsonl; and the store's evaluations."""
     if (folder / STORE).is_file():
         try:
             with open_store(folder) as run:
-                return run.glance()
+                return run.glance(), run.evaluations()
         except TroupeError as error:
             notes.append(str(error))
     try:
@@ -142,31 +163,30 @@ def _ends(folder: Path, notes: list[str]) -> Glance:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
             told = [found for line in file.read().splitlines() if (found := decode_step(line)) is not None]
     except OSError:
-        return Glance()
+        return Glance(), []
     if first is None or not told:
-        return Glance()
-    return Glance(first=first[1], newest=told[-1][1], step=told[-1][0])
+        return Glance(), []
+    return Glance(first=first[1], newest=told[-1][1], step=told[-1][0]), []
 
 
-def _held_out(summary: Summary) -> tuple[str | None, Ends]:
-    """The metric and what it was: exact answers where the rows have some, else the first reward."""
-    if summary.accuracy_before is not None or summary.accuracy_after is not None:
-        return "accuracy", (summary.accuracy_before, summary.accuracy_after)
-    for name in {**summary.rewards_before, **summary.rewards_after}:
-        return name, (summary.rewards_before.get(name), summary.rewards_after.get(name))
+def _held_out(sets: Mapping[str, HeldOut]) -> tuple[str | None, Ends]:
+    """The first set's most telling figure, and what it was."""
+    for name, held_out in sets.items():
+        points = held_out.figures[held_out.headline]
+        first = points[0].value if len(points) > 1 or not points[0].version else None
+        return f"eval/{name}/{held_out.headline}", (first, points[-1].value)
     return None, (None, None)
 
 
-def _lock_notes(folder: Path, fate: Standing) -> Iterator[str]:
+def _standing_notes(folder: Path, fate: Standing) -> Iterator[str]:
+    """Why it does not answer or ended early, and whose lock lies there."""
+    if fate.reason is not None:
+        yield fate.reason if fate.fate == "silent" else f"ended early: {fate.reason}"
     owner = read_owner(folder) if fate.pid is not None else None
-    if owner is None:
-        return
-    if not owner.is_here:
+    if owner is not None and not owner.is_here:
         yield f"process {owner.pid} of {owner.host} has it, which is not asked from here"
-    elif fate.fate == "cut off":
+    elif owner is not None and fate.fate == "cut off":
         yield f"process {owner.pid} died and left its lock"
-    elif fate.reason is not None:
-        yield fate.reason
 
 
 def _touched(folder: Path) -> float | None:

@@ -4,25 +4,44 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
-from troupe.records.curves import Curve
+from troupe.records.compare.held_out import is_share
 from troupe.records.figures import CHARTS, FIGURES, ChartSpec, function_of, lines_of, named_by
 from troupe.records.report.picture import RunPicture
 
 Values = tuple[float | None, ...]
+Band = tuple[Values, Values]
+"""The lower and the upper edge of a place about a line."""
 
 _MOST_LINES = 6
 """In one chart of rewards; more make another chart."""
 _MOST_NAMED = 8
 """Lines of a chart that whatever has a name adds to."""
 _PARTS = ChartSpec("Reward", "Parts of the reward", "Mean score of each reward function, not weighted.", least=None)
+_HELD_OUT = "Held-out rows"
+_ABOUT_SETS = "By the steps that the policy had learned from; bars are standard errors."
+_OF_A_SET = ("accuracy", "avg@", "pass@", "maj@")
 _MOST_OTHERS = 24
 """Charts of metrics that are not ours."""
 
 
-class Line(Curve, frozen=True, kw_only=True):
-    """One line of a chart; `low` and `high` are the edges of a band about it, empty where it has none."""
+class Line(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of a chart."""
 
     name: str
+    mean: Values
+    bands: tuple[Band, ...] = ()
+    """About it, the widest first."""
+    errors: Values = ()
+    """Half the width of each value's error bar; empty where it has none."""
+    points: bool = False
+    """Whether each value is a dot."""
+    axes: int = 0
+    """Which of the chart's `axes` its values belong to."""
+    run: str = ""
+    """Of several runs, the one that it is of."""
+    colour: int = 0
+    """1 to 8; 0: by its place in the chart."""
+    dashed: bool = False
 
 
 class Chart(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,6 +72,7 @@ _OURS = (
     "groups/",
     "queue/",
     "time/",
+    "diagnosis/",
     "tokens/",
 )
 """How metrics begin that are no reward's own."""
@@ -68,7 +88,33 @@ def sections_of(run: RunPicture) -> tuple[Section, ...]:
         if spec.parts:
             charts += _parts(run, alone=chart is None)
     found["Other metrics"] = _others(run)
-    return tuple(_section(title, charts) for title, charts in found.items() if charts)
+    sections = [_section(title, charts) for title, charts in found.items() if charts]
+    if (held_out := held_out_section(run)) is not None:
+        sections.insert(min(1, len(sections)), held_out)
+    return tuple(sections)
+
+
+def held_out_section(run: RunPicture) -> Section | None:
+    """A chart of each set that several versions were evaluated on; None without any. The lines of the n-th set have
+    the n-th axes after those of the run."""
+    charts = []
+    for place, held_out in enumerate(run.held_out.values(), 1):
+        lines: dict[Values, Line] = {}
+        for figure, points in held_out.figures.items():
+            if figure.startswith(_OF_A_SET) and len(held_out.versions) > 1:
+                known = {point.version: point for point in points}
+                there = [known.get(version) for version in held_out.versions]
+                values = tuple(None if point is None else point.value for point in there)
+                errors = tuple(None if point is None else point.se for point in there)
+                line = Line(name=figure, mean=values, errors=errors, points=True, axes=place)
+                lines.setdefault(values, line)  # others are the same where a row has one sample, or passes or fails
+        if lines:
+            some = tuple(lines.values())[:_MOST_LINES]
+            title = f"{held_out.name}: {some[0].name}" if len(some) == 1 else held_out.name
+            written = "percent" if all(is_share(line.name) for line in some) else "number"
+            spec = ChartSpec(_HELD_OUT, title, _ABOUT_SETS, written, least=None, smooth=False)
+            charts.append(Chart(key=f"held_out_{place}", spec=spec, lines=some))
+    return Section(title=_HELD_OUT, charts=tuple(charts)) if charts else None
 
 
 def _section(title: str, charts: Sequence[Chart]) -> Section:
@@ -85,26 +131,31 @@ def _chart(run: RunPicture, key: str, spec: ChartSpec) -> Chart | None:
     if not there:
         return None
     lines = [_line(run, metric, name, band=len(there) == 1) for metric, name in there]
-    if spec.spread or spec.edges:
-        low, high = _band(run, spec, lines[0].mean)
-        lines[0] = msgspec.structs.replace(lines[0], low=low, high=high)
+    if spec.spread or spec.bands:
+        lines[0] = msgspec.structs.replace(lines[0], bands=tuple(_bands(run, spec, lines[0].mean)))
     return Chart(key=key, spec=spec, lines=tuple(lines))
 
 
-def _band(run: RunPicture, spec: ChartSpec, middle: Values) -> tuple[Values, Values]:
-    """The edges of the band about a line; empty where what makes it is not measured."""
-    curves = [run.metrics.curves[metric] for metric in (*spec.edges, *spec.spread) if _has(run, metric)]
-    if spec.edges:
-        return (curves[0].low or curves[0].mean, curves[1].high or curves[1].mean) if len(curves) > 1 else ((), ())
-    if not curves:
-        return (), ()
-    pairs = list(zip(middle, curves[0].mean, strict=True))
-    return tuple(_sum(m, s, -1.0) for m, s in pairs), tuple(_sum(m, s, 1.0) for m, s in pairs)
+def _bands(run: RunPicture, spec: ChartSpec, middle: Values) -> Iterator[Band]:
+    """The bands about a line; none where what makes them is not measured."""
+    measured = [(low, high) for low, high in spec.bands if _has(run, low) and _has(run, high)]
+    for low, high in measured:
+        lower, upper = run.metrics.curves[low], run.metrics.curves[high]
+        is_extreme = low.partition("/")[2].startswith("min")  # of the steps of a point the very least and most
+        yield (lower.low, upper.high) if is_extreme and lower.low else (lower.mean, upper.mean)
+    half = next((run.metrics.curves[metric].mean for metric in spec.spread if _has(run, metric)), None)
+    if half is not None and not measured:
+        known = [value for value in middle if value is not None]
+        pairs = list(zip(middle, half, strict=True))
+        yield (
+            tuple(None if m is None or s is None else max(m - s, min(known)) for m, s in pairs),
+            tuple(None if m is None or s is None else min(m + s, max(known)) for m, s in pairs),
+        )
 
 
 def _line(run: RunPicture, metric: str, name: str, *, band: bool = False) -> Line:
     curve = run.metrics.curves[metric]
-    return Line(name=name, mean=curve.mean, low=curve.low if band else (), high=curve.high if band else ())
+    return Line(name=name, mean=curve.mean, bands=((curve.low, curve.high),) if band and curve.low else ())
 
 
 def _has(run: RunPicture, metric: str) -> bool:
@@ -122,10 +173,6 @@ def _parts(run: RunPicture, *, alone: bool) -> Iterator[Chart]:
         number = "" if start == 0 else f"_{start // _MOST_LINES + 1}"
         some = tuple(lines[start : start + _MOST_LINES])
         yield Chart(key=f"reward_parts{number}", spec=_PARTS, lines=some)
-
-
-def _sum(mean: float | None, spread: float | None, sign: float) -> float | None:
-    return None if mean is None or spread is None else mean + sign * spread
 
 
 def _others(run: RunPicture) -> list[Chart]:

@@ -15,7 +15,8 @@ from troupe.records.report.picture import RunPicture
 _COLOURS = ("#3a55c9", "#d9622b", "#12877f", "#9a3fb5", "#5f8d1d", "#c2306b", "#b88300", "#6d7684")
 _TEXT, _MUTED, _GRID = "#1d1f24", "#676b75", "#e6e6e0"
 _FORMATS = {"percent": words.percent, "seconds": words.seconds}
-_ENOUGH_TO_SMOOTH = 40
+_SMOOTHING = 0.6
+_ENOUGH_TO_SMOOTH = 3
 
 
 def require_matplotlib() -> None:
@@ -67,8 +68,8 @@ def _draw(axes: Any, steps: Sequence[int], chart: Chart) -> None:
     for number, line in enumerate(chart.lines):
         colour = _COLOURS[number % len(_COLOURS)]
         y = [_or_gap(value) for value in line.mean]
-        if line.low:
-            low, high = ([_or_gap(value) for value in edge] for edge in (line.low, line.high))
+        for band in line.bands:
+            low, high = ([_or_gap(value) for value in edge] for edge in band)
             axes.fill_between(steps, low, high, color=colour, alpha=0.14, linewidth=0)
         smooth = chart.spec.smooth and len(y) >= _ENOUGH_TO_SMOOTH
         marker = "o" if len(y) == 1 else None
@@ -99,12 +100,12 @@ def _or_gap(value: float | None) -> float:
 
 
 def _smoothed(values: Sequence[float | None]) -> list[float]:
-    """Moving mean over about a twentieth of the points; gaps stay gaps."""
-    half = max(1, round(len(values) / 40))
-    means = []
-    for i, value in enumerate(values):
-        near = [v for v in values[max(0, i - half) : i + half + 1] if v is not None]
-        means.append(float("nan") if value is None else sum(near) / len(near))
+    """The moving average of the page as it begins, freed of its start (`smoothedBy` in series.js); gaps stay gaps."""
+    means, last, count = [], 0.0, 0
+    for value in values:
+        if value is not None:
+            last, count = last * _SMOOTHING + (1 - _SMOOTHING) * value, count + 1
+        means.append(float("nan") if value is None else last / (1 - _SMOOTHING**count))
     return means
 
 

@@ -1,57 +1,46 @@
-"""The picture of a run → one HTML page that needs no other file and no network.
+"""The picture of a run → one HTML page; how its parts are put together is in `template.py`."""
 
-What a policy wrote, what rewards logged and what errors said are put in as text: the template escapes them, the data of
-the charts stands in a script tag that is no script and holds no `<`, and the page's policy allows no script but ours.
-"""
-
-import base64
-import hashlib
 import math
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import msgspec
-from markupsafe import Markup
 
+from troupe.messages.evaluations import HELD_OUT
 from troupe.records import text as words
+from troupe.records.compare.held_out import HeldOut, Point, in_words, is_share
 from troupe.records.conversations import Said, conversation_of, facts_of, observed_within, shortened
-from troupe.records.figures import named_by
-from troupe.records.report.charts import Chart, Section, Values, sections_of
+from troupe.records.diagnosis import remedy_for, steps_of
+from troupe.records.report.charts import sections_of
+from troupe.records.report.data import Axes, bars_of, chart_data, marks_of
 from troupe.records.report.picture import INCIDENTS_SHOWN, RunPicture, State
-from troupe.records.report.static import read_asset, script_safe
+from troupe.records.report.static import BROWSER_SCRIPTS, BROWSER_STYLES, CHART_SCRIPTS, CHART_STYLES
+from troupe.records.report.template import rendered
 from troupe.records.store.completions import StoredCompletion
 from troupe.records.store.episodes import StoredEpisode
 from troupe.records.store.members import StoredMember
-from troupe.records.text import prompt_text, shown
+from troupe.records.text import prompt_text
 
-_SCRIPTS = ("format.js", "charts.js", "bars.js", "report.js")
+_SCRIPTS = (*CHART_SCRIPTS, "bars.js", *BROWSER_SCRIPTS, "embedded.js", "report.js")
 _LONGEST_TEXT = 20_000
 """Characters of a prompt or a completion."""
 _LONGEST_SAID = 6000
 """Characters of what is said at once in a conversation, and of a tool's result."""
 _MOST_SAID = 60
 """Messages of a conversation."""
-_LONGEST = 100_000
-"""Characters of anything else."""
-_LONGEST_NAME = 100
-"""Characters of what is told of a line."""
-_MOST_WAITS = 12
-"""Environments and tools of which is told how long they took."""
 _MOST_MEMBERS = 100
 _MOST_SCORES = 2
-"""Scores on held-out rows among the figures that one reads first; with more there is a table."""
-_BADGES: dict[State, str] = {
+"""Sets of held-out rows among the figures that one reads first."""
+BADGES: dict[State, str] = {
     "finished": "good",
     **dict.fromkeys(("running", "starting"), "busy"),
     **dict.fromkeys(("paused", "held", "draining", "stopping", "stopped"), "warn"),
     **dict.fromkeys(("restarting", "crashed"), "bad"),
     "new": "",
 }
-_ACTORS = ("generator", "environment", "scorer", "learner", "checkpointer", "prompter", "metrics")
-_BESIDE = {"environment": "environments", "reward": "rewards", "checkpoint": "checkpoints", "logging": "logging"}
+_BEST_OF = ("accuracy", "avg@", "pass@", "maj@")
 _SETTINGS = (
     ("model", "model.path"),
     ("weights", "model.dtype"),
@@ -82,6 +71,15 @@ class Tile(msgspec.Struct, frozen=True):
     more: str = ""
 
 
+class SetRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A figure of a set of held-out rows, as it is shown."""
+
+    figure: str
+    first: str
+    newest: str
+    best: str
+
+
 class Talk(msgspec.Struct, frozen=True, kw_only=True):
     """A completion as it is shown."""
 
@@ -95,39 +93,38 @@ class Talk(msgspec.Struct, frozen=True, kw_only=True):
     """Of a completion that acted: what was said, in place of its prompt."""
 
 
-def report_page(run: RunPicture) -> str:
-    """The page as HTML text."""
+def report_page(run: RunPicture, browsed: Mapping[str, Any] | None = None) -> str:
+    """The page as HTML text. `browsed`: completions that can be looked through, as `browse.part_in` has them."""
     sections = sections_of(run)
-    script = "".join(map(read_asset, _SCRIPTS))
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    bars = bars_of(run)
+    charts = [chart for section in sections for chart in section.charts]
+    axes = Axes.of(run.metrics)
+    of_sets = [axes.at(held_out.versions) for held_out in run.held_out.values()]
+    data = chart_data(charts, [axes, *of_sets], marks_of(run))
+    data |= {"bars": bars, "completions": browsed or {}}
+    live = run.folder if run.goes_on else ""
     members = run.stored.members if _is_crowd(run.stored.members) else ()
-    pages = jinja2.Environment(
-        autoescape=True, finalize=_harmless, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    pages.filters |= {
-        "date": words.date, "number": words.number, "seconds": words.seconds, "bytes": words.size, "plain": _value,
-        "facts": facts_of,
-    }  # fmt: skip
-    return pages.from_string(read_asset("report.html")).render(
-        style=Markup(read_asset("style.css")),
-        script=Markup(script),
-        digest=digest,
-        data=Markup(script_safe(chart_data(run, sections))),
+    return rendered(
+        "report.html",
+        scripts=_SCRIPTS,
+        styles=(*CHART_STYLES, *BROWSER_STYLES),
+        data=data,
+        filters={"plain": _value, "facts": facts_of, "remedy": partial(remedy_for, folder=live), "steps": steps_of},
         run=run,
         name=Path(run.folder).name,
-        badge=_BADGES[run.state],
+        badge=BADGES[run.state],
         facts=list(_facts(run)),
         progress=None if not run.total_steps else min(100.0, 100.0 * run.step / run.total_steps),
         tiles=list(_tiles(run)),
         sections=sections,
-        has_waits=bool(_wait_bars(run)),
-        most_scores=_MOST_SCORES,
+        bars=[name for name, rows in bars.items() if rows],
+        sets=[(held_out, list(rows_of_set(held_out))) for held_out in run.held_out.values()],
         talks=list(_talks(run)),
+        browses=bool(browsed and browsed["rows"]),
         incidents_shown=INCIDENTS_SHOWN,
         members=members[-_MOST_MEMBERS:],
         members_left_out=max(0, len(members) - _MOST_MEMBERS),
         settings=list(_settings(run.config)),
-        written=words.date(time.time()),
     )
 
 
@@ -135,92 +132,6 @@ def _is_crowd(members: Sequence[StoredMember]) -> bool:
     """Whether they say more than that each start had its generator in a process."""
     starts = [member.start for member in members]
     return len(starts) > len(set(starts)) or any(member.kind != "process" for member in members)
-
-
-def chart_data(run: RunPicture, sections: Sequence[Section]) -> dict[str, Any]:
-    """What the page's script draws; keys as `charts.js` names them."""
-    return {
-        "x": run.metrics.steps,
-        "marks": [
-            {"x": start.first_step, "label": f"start {start.start}, {words.date(start.unix_s)}"}
-            for start in run.stored.starts
-            if start.first_step
-        ],
-        "charts": [_chart_data(chart) for section in sections for chart in section.charts],
-        "bars": {"actors": _actor_bars(run), "beside": _beside_bars(run), "waits": _wait_bars(run)},
-    }
-
-
-def _chart_data(chart: Chart) -> dict[str, Any]:
-    series = []
-    for line in chart.lines:
-        one: dict[str, Any] = {"name": _name(line.name), "y": _all_rounded(line.mean)}
-        if line.low:
-            one["band"] = {"low": _all_rounded(line.low), "high": _all_rounded(line.high)}
-        series.append(one)
-    spec = chart.spec
-    told: dict[str, Any] = {"title": _name(spec.title), "about": spec.about, "format": spec.format, "series": series}
-    told |= {"smooth": True} if spec.smooth else {}
-    return told | ({"min": spec.least} if spec.least is not None else {})
-
-
-def _name(text: str) -> str:
-    return shown(text[:_LONGEST_NAME])
-
-
-def _all_rounded(values: Values) -> list[float | None]:
-    return [_rounded(value) for value in values]
-
-
-def _rounded(value: float | None) -> float | None:
-    """Five digits: more than any chart shows."""
-    return None if value is None or not math.isfinite(value) else float(f"{value:.5g}")
-
-
-def _actor_bars(run: RunPicture) -> list[dict[str, Any]]:
-    shares = run.metrics.sums.shares
-    there = {name.partition("/")[0] for name in shares}
-    rows = []
-    for actor in [*(a for a in _ACTORS if a in there), *sorted(there - set(_ACTORS))]:
-        busy, idle = shares.get(f"{actor}/busy", 0.0), shares.get(f"{actor}/idle", 0.0)
-        parts = [
-            {"name": "at work", "value": _rounded(busy), "kind": "busy"},
-            {"name": "waiting", "value": _rounded(idle), "kind": "wait"},
-            {"name": "the rest", "value": _rounded(max(0.0, 1.0 - busy - idle)), "kind": "idle"},
-        ]
-        rows.append({"name": actor, "note": f"{words.percent(busy)} at work", "parts": parts})
-    return rows
-
-
-def _beside_bars(run: RunPicture) -> list[dict[str, Any]]:
-    rows = []
-    for name, label in _BESIDE.items():
-        hidden, exposed = (run.metrics.sums.totals.get(f"{name}/{part}_s") for part in ("hidden", "exposed"))
-        if hidden is None or exposed is None:
-            continue
-        parts = [
-            {"name": "hidden under device work", "value": _rounded(hidden), "kind": 3},
-            {"name": "exposed: the device waited", "value": _rounded(exposed), "kind": 2},
-        ]
-        note = f"{words.seconds(hidden)} hidden, {words.seconds(exposed)} exposed"
-        rows.append({"name": label, "note": note, "parts": parts})
-    return rows
-
-
-def _wait_bars(run: RunPicture) -> list[dict[str, Any]]:
-    """How long calls and episodes took, by tool and environment, over all steps; those that took most first."""
-    means = {}
-    for name, curve in run.metrics.curves.items():
-        tool, environment = named_by(name, ("tools/", "/wait_s")), named_by(name, ("environments/", "/wait_s"))
-        label = f"{tool}, a call" if tool else f"{environment}, an episode" if environment else ""
-        label = "an episode" if name == "environments/wait_s" else label
-        if label and (values := [value for value in curve.mean if value is not None]):
-            means[label] = math.fsum(values) / len(values)
-    rows = []
-    for label, mean_s in sorted(means.items(), key=lambda item: -item[1])[:_MOST_WAITS]:
-        parts = [{"name": "waited, on average", "value": _rounded(mean_s), "kind": "wait"}]
-        rows.append({"name": _name(label), "note": words.seconds(mean_s), "parts": parts})
-    return rows
 
 
 def _facts(run: RunPicture) -> Iterator[str]:
@@ -241,9 +152,10 @@ def _facts(run: RunPicture) -> Iterator[str]:
 def _tiles(run: RunPicture) -> Iterator[Tile]:
     if rewards := run.values("reward"):
         yield Tile("reward", words.number(rewards[-1]), f"from {words.number(rewards[0])}")
-    for score in run.evaluated[:_MOST_SCORES]:
-        figure = words.percent if score.name == "accuracy" else words.number
-        yield Tile(f"held-out {score.name}", figure(score.after), f"from {figure(score.before)}")
+    for held_out in list(run.held_out.values())[:_MOST_SCORES]:
+        name = "held-out" if held_out.name == HELD_OUT else held_out.name
+        row = next(rows_of_set(held_out))
+        yield Tile(f"{name} {row.figure}", row.newest, f"from {row.first}")
     of = [] if run.total_steps is None else [f"of {run.total_steps:,}"]
     epochs = [f"epoch {epoch:.2f}" for epoch in run.values("epoch")[-1:]]
     yield Tile("steps", f"{run.step:,}", ", ".join(of + epochs))
@@ -260,6 +172,39 @@ def _tiles(run: RunPicture) -> Iterator[Tile]:
         yield Tile("peak memory", words.size(1e9 * max(peaks)))
     incidents = sum(run.incidents.values())
     yield Tile("incidents", f"{incidents:,}", ", ".join(list(run.incidents)[:2]))
+
+
+def rows_of_set(held_out: HeldOut) -> Iterator[SetRow]:
+    """The figures of a set, those that tell most first; what says the same as one before is left out."""
+    told: list[list[float]] = []
+    for figure, points in held_out.figures.items():
+        values = [point.value for point in points]
+        is_of_scores = in_words(figure) == figure
+        if (is_of_scores and values in told) or (figure == "missing" and not any(values)):
+            continue
+        told += [values] if is_of_scores else []
+        is_part = is_share(figure) or figure in ("clipped", "missing")
+        by_version = {point.version: point for point in points}
+        first, newest = by_version.get(held_out.versions[0]), by_version.get(held_out.newest)
+        best = max(points, key=lambda point: point.value)
+        yield SetRow(
+            figure=in_words(figure),
+            first=_point(first if len(held_out.versions) > 1 else None, is_part),
+            newest=_point(newest, is_part),
+            best=f"{_point(best, is_part)} (step {best.version:,})" if figure.startswith(_BEST_OF) else "",
+        )
+
+
+def _point(point: Point | None, is_part: bool) -> str:
+    """With its standard error, of which two digits tell."""
+    if point is None:
+        return words.MISSING
+    if is_part:
+        return words.percent(point.value) + ("" if point.se is None else f" ± {words.percent(point.se)}")
+    if not point.se:
+        return words.number(point.value)
+    digits = max(0, 1 - math.floor(math.log10(point.se)))
+    return f"{point.value:.{digits}f} ± {point.se:.{digits}f}"
 
 
 def _talks(run: RunPicture) -> Iterator[Talk]:
@@ -307,11 +252,6 @@ def _episode_facts(episode: StoredEpisode, length: int) -> Iterator[str]:
         yield f"waited {words.seconds(waited)}"
     if episode.failed:
         yield "no whole episode"
-
-
-def _harmless(value: Any) -> Any:
-    """What the template puts in: text in which nothing acts, and that has an end. It escapes it afterwards."""
-    return value if isinstance(value, Markup) else shown(str(value)[:_LONGEST])
 
 
 def _cut(text: str, longest: int = _LONGEST_TEXT) -> tuple[str, int]:

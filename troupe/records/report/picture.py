@@ -11,8 +11,12 @@ from typing import Any, Literal
 import msgspec
 
 from troupe.errors import InputError, OutputError
-from troupe.messages import Phase, Status
+from troupe.messages import Finding, Phase, Status
+from troupe.records.compare.held_out import HeldOut, held_out_before, held_out_of
 from troupe.records.curves import Thinned, Thinner
+from troupe.records.diagnosis import Diagnosis, in_a_line
+from troupe.records.diagnosis.past import awaiting
+from troupe.records.evaluations import read_evaluations
 from troupe.records.layout import CHANGES, METRICS, RUN_TOML, STORE
 from troupe.records.report.run_time import RunTime
 from troupe.records.sinks.jsonl import decode_step
@@ -52,14 +56,6 @@ class Samples(msgspec.Struct, frozen=True, kw_only=True):
     """"best", "worst", "random" → completion; those that there are."""
 
 
-class Evaluated(msgspec.Struct, frozen=True, kw_only=True):
-    """A score on the held-out rows, greedy, before and after training."""
-
-    name: str
-    before: float | None
-    after: float | None
-
-
 class Stored(msgspec.Struct, frozen=True, kw_only=True):
     """What the store tells besides the figures; nothing where there is none."""
 
@@ -74,6 +70,7 @@ class Stored(msgspec.Struct, frozen=True, kw_only=True):
     """Who did work in a process of its own, start by start."""
     samples: tuple[Samples, ...] = ()
     """Of the first and of the newest step that have completions."""
+    held_out: dict[str, HeldOut] = {}
 
     @property
     def starts(self) -> tuple[Start, ...]:
@@ -109,9 +106,22 @@ class RunPicture(msgspec.Struct, frozen=True, kw_only=True):
     """Kind → number; of the last start only, where there is no store."""
     stored: Stored
     changes: tuple[Change, ...]
-    evaluated: tuple[Evaluated, ...]
+    held_out: dict[str, HeldOut]
+    """Set of rows that are not trained on → what versions of the policy came to on it."""
     notes: tuple[str, ...]
     """What could not be read, and why."""
+    findings: tuple[Finding, ...] = ()
+    """What the figures say is wrong; those that are over come last."""
+
+    @property
+    def diagnosis(self) -> str:
+        """The findings that hold, in a line; empty where there is none."""
+        return in_a_line(self.findings, self.folder if self.goes_on else "")
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether somebody is there who can be asked for something."""
+        return self.state not in ("finished", "stopped", "crashed", "new")
 
     def values(self, name: str) -> list[float]:
         """What is known of a metric, in order: of each step, or of the steps of each point."""
@@ -127,12 +137,14 @@ def read_run(folder: Path, status: Status | None = None, notes: Sequence[str] = 
     fate = read_standing(folder)
     notes = list(notes)
     config, config_text = _config(folder, notes)
-    stored, metrics, seconds = _stored(folder, notes)
+    diagnosis = awaiting(config, folder)
+    stored, metrics, seconds = _stored(folder, notes, diagnosis)
     lines = folder / METRICS
     if (not metrics.steps or metrics.steps[0] > metrics.steps_a_point) and lines.is_file():  # none, or not from step 1
-        told = _from_lines(lines, notes)
+        of_lines = awaiting(config, folder)
+        told = _from_lines(lines, notes, of_lines)
         if told.steps and (not metrics.steps or told.steps[-1] >= metrics.steps[-1]):
-            metrics = told
+            metrics, diagnosis = told, of_lines
     summary = read_summary(folder) or Summary()
     newest = metrics.steps[-1] if metrics.steps else 0
     step = max(newest, fate.step, status.step if status else 0)
@@ -151,8 +163,11 @@ def read_run(folder: Path, status: Status | None = None, notes: Sequence[str] = 
         incidents=overview.incidents if overview else summary.incidents,
         stored=stored,
         changes=tuple(_changes(folder / CHANGES)),
-        evaluated=tuple(_evaluated(summary)) if summary.steps >= step else (),  # else it is of an earlier start
+        held_out=stored.held_out
+        or held_out_of(read_evaluations(folder))
+        or (held_out_before(summary) if summary.steps >= step else {}),
         notes=tuple(notes),
+        findings=diagnosis.all_findings,
     )
 
 
@@ -182,7 +197,7 @@ def _config(folder: Path, notes: list[str]) -> tuple[dict[str, Any], str]:
         return {}, ""
 
 
-def _stored(folder: Path, notes: list[str]) -> tuple[Stored, Thinned, float]:
+def _stored(folder: Path, notes: list[str], diagnosis: Diagnosis) -> tuple[Stored, Thinned, float]:
     """What the store tells, the figures in it, and for how many seconds the run went on."""
     if not (folder / STORE).is_file():
         notes.append(
@@ -192,19 +207,20 @@ def _stored(folder: Path, notes: list[str]) -> tuple[Stored, Thinned, float]:
     else:
         try:
             with open_store(folder) as run:
-                return _read_store(run, notes)
+                return _read_store(run, notes, diagnosis)
         except OutputError as error:
             notes.append(str(error))
     return Stored(), Thinned(), 0.0
 
 
-def _read_store(run: StoredRun, notes: list[str]) -> tuple[Stored, Thinned, float]:
+def _read_store(run: StoredRun, notes: list[str], diagnosis: Diagnosis) -> tuple[Stored, Thinned, float]:
     overview = run.overview()
     thinner = Thinner(overview.steps)
     time = RunTime({start.start: start.unix_s for start in overview.starts})
     newest: float | None = None
     for step in run.steps():
         thinner.add(step.step, step.metrics)
+        diagnosis.add(step.step, step.metrics)
         time.add(step.step, step.start, step.unix_s, step.metrics.get("step_time"))
         newest = step.unix_s
     if time.note is not None:
@@ -216,6 +232,7 @@ def _read_store(run: StoredRun, notes: list[str]) -> tuple[Stored, Thinned, floa
         machines=run.machines(),
         members=tuple(run.members()),
         samples=tuple(_samples(run)),
+        held_out=_held_out(run),
     )
     return stored, thinner.result(), time.seconds
 
@@ -234,7 +251,7 @@ def _samples(run: StoredRun) -> Iterator[Samples]:
         yield Samples(step=step, completions=chosen)
 
 
-def _from_lines(path: Path, notes: list[str]) -> Thinned:
+def _from_lines(path: Path, notes: list[str], diagnosis: Diagnosis) -> Thinned:
     """The curves from metrics.jsonl; a last line that is being written, or was cut, is left out."""
     try:
         with path.open("rb") as file:
@@ -243,17 +260,24 @@ def _from_lines(path: Path, notes: list[str]) -> Thinned:
             for line in file:
                 if (told := decode_step(line)) is not None:
                     thinner.add(*told)
+                    diagnosis.add(*told)
     except OSError as error:
         notes.append(f"{path}: cannot be read: {error}")
         return Thinned()
     return thinner.result()
 
 
-def _evaluated(summary: Summary) -> Iterator[Evaluated]:
-    if summary.accuracy_before is not None or summary.accuracy_after is not None:
-        yield Evaluated(name="accuracy", before=summary.accuracy_before, after=summary.accuracy_after)
-    for name in {**summary.rewards_before, **summary.rewards_after}:
-        yield Evaluated(name=name, before=summary.rewards_before.get(name), after=summary.rewards_after.get(name))
+def _held_out(run: StoredRun) -> dict[str, HeldOut]:
+    """With the rows of the first and of the newest version."""
+    found = {}
+    for name, held_out in held_out_of(run.evaluations()).items():
+        first, newest = held_out.versions[0], held_out.newest
+        found[name] = msgspec.structs.replace(
+            held_out,
+            rows=run.evaluated_rows(newest, name),
+            first_rows=run.evaluated_rows(first, name) if first != newest else (),
+        )
+    return found
 
 
 def _changes(path: Path) -> Iterator[Change]:

@@ -5,13 +5,21 @@ from typing import Any
 
 import msgspec
 
-_SHARED = Path(__file__).with_name("assets")
+SHARED = Path(__file__).with_name("assets")
+CHART_SCRIPTS = ("vendor/uPlot.iife.min.js", "format.js", "settings.js", "series.js", "plot.js", "save.js", "charts.js")
+"""What draws charts, in the order in which it is loaded."""
+CHART_STYLES = ("vendor/uPlot.min.css", "style.css")
+"""How pages with charts look, likewise."""
+
+BROWSER_SCRIPTS = ("conversation.js", "difference.js", "completion.js", "completions.js")
+"""What browses completions, after `format.js`; a source of them comes after it."""
+BROWSER_STYLES = ("completions.css",)
 
 
-def read_asset(name: str, folder: Path = _SHARED) -> str:
+def read_asset(name: str, folder: Path = SHARED) -> str:
     """The text of a page's file, such as `style.css`: of the given folder, or else of those that pages share."""
     path = folder / name
-    return (path if path.is_file() else _SHARED / name).read_text(encoding="utf-8")
+    return (path if path.is_file() else SHARED / name).read_text(encoding="utf-8")
 
 
 def script_safe(data: Any) -> str:

@@ -29,6 +29,9 @@ class MetricsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     write what they have not written yet."""
     store_log_probs: bool = False
     """Whether run.sqlite has the log-prob of every token, too (4 bytes a token)."""
+    store_token_figures: bool = False
+    """Whether run.sqlite has of every token learned from its entropy and importance ratio, too (8 bytes a token). With
+    several ranks, of those that the first one learns."""
     completions: Annotated[int, msgspec.Meta(ge=0)] = 4
     """Completions of a step that `tensorboard`, `wandb` and `trackio` are given as text, from the best to the worst."""
     completions_every: Annotated[int, msgspec.Meta(ge=1)] = 10
@@ -66,6 +69,8 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
     """The version of Troupe."""
     machine: str = ""
     """What it runs on, in words."""
+    past: tuple[tuple[int, float], ...] = ()
+    """(step, reward) of some of the steps done before, as far as they are known."""
     config: dict[str, Any] = {}
     """The resolved config, as run.toml has it."""
 

@@ -5,19 +5,21 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TextIO
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from troupe.messages import Activity, GroupClosed, Incident, Status, Update
+from troupe.messages import Activity, Evaluated, Finding, GroupClosed, Incident, Status, Update
+from troupe.records.diagnosis import in_full
+from troupe.records.held_out import HeldOut
 from troupe.records.members import Comings
 from troupe.records.sinks.base import RunInfo
 from troupe.records.sinks.display import Display, shown_metrics
 from troupe.runtime.outlets import Outlet, outlet_of
-from troupe.runtime.terminal import one_line
+from troupe.runtime.terminal import arrows, one_line
 
 _FRAMES_A_SECOND = 2
 _SILENT_S, _SILENT_AMID_STEPS_S = 10.0, 60.0
@@ -35,7 +37,7 @@ class ConsoleSink:
     """Progress with time left, the newest metrics, queues, a completion and what went wrong; redrawn in place."""
 
     name = "console"
-    takes: tuple[type, ...] = (Update, Incident, GroupClosed, Status)
+    takes: tuple[type, ...] = (Update, Evaluated, Incident, GroupClosed, Status)
 
     def __init__(self, run: RunInfo, console: Console, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._display = Display(run, encoding=console.encoding, clock=clock)
@@ -120,22 +122,26 @@ class _Above:
 
 
 class PlainSink:
-    """Lines for logs and pipes: one a step, at most one every `interval_s` seconds; every incident, those that come in
-    numbers as a number; and what the run is at where no step is told of for long, as before the first one."""
+    """Lines for logs and pipes: one a step, at most one every `interval_s` seconds; every evaluation; what the figures
+    say is wrong, when that begins; every incident, those that come in numbers as a number; and what the run is at where
+    no step is told of for long, as before the first one."""
 
     name = "console"
-    takes: tuple[type, ...] = (Update, Incident, Status)
+    takes: tuple[type, ...] = (Update, Evaluated, Incident, Status)
 
     def __init__(
         self, run: RunInfo, stream: TextIO, *, interval_s: float = 1.0, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._run = run
         self._stream, self._interval_s, self._clock = stream, interval_s, clock
+        self._encoding = stream.encoding or "utf-8"
         self._last_s = self._said_s = float("-inf")
         self._has_stepped = False
         self._at = ""
         self._repeats = Repeats()
         self._comings = Comings()
+        self._held_out = HeldOut()
+        self._found: frozenset[tuple[str, int]] = frozenset()
 
     def open(self) -> None:
         self._say(f"{self._run.name}: step {self._run.first_step} of {self._run.total_steps}, into {self._run.folder}")
@@ -152,6 +158,11 @@ class PlainSink:
                 self._last_s = now_s
                 figures = "  ".join(f"{label} {value}" for label, value in shown_metrics(message.metrics))
                 self._say(f"step {message.step}/{message.total_steps}  {figures}")
+            self._tell_findings(message.findings)
+        elif isinstance(message, Evaluated):
+            self._held_out.add(message.version, message.name, message.metrics)
+            if (standing := self._held_out.sets.get(message.name)) is not None:
+                self._say(arrows(f"evaluated {message.name}: {standing}", self._encoding))
         elif isinstance(message, Status):
             for line in self._comings.look(message.members):
                 self._say(line)
@@ -168,6 +179,13 @@ class PlainSink:
         for line in self._repeats.counted(self._clock(), all_of_them=True):
             self._say(f"incidents: {line}")
 
+    def _tell_findings(self, findings: Sequence[Finding]) -> None:
+        """Each once when it begins, and once more when it begins again."""
+        for finding in findings:
+            if (finding.rule, finding.since) not in self._found:
+                self._say(f"diagnosis: {in_full(finding, self._run.folder)}")
+        self._found = frozenset((finding.rule, finding.since) for finding in findings)
+
     def _tell_of(self, activity: Activity, now_s: float) -> None:
         """Before the first step, and after the last, each thing once; what lasts, now and then."""
         silent_s = now_s - self._said_s
@@ -178,7 +196,7 @@ class PlainSink:
 
     def _say(self, line: str) -> None:
         self._said_s = self._clock()
-        print(one_line(line, self._stream.encoding or "utf-8"), file=self._stream, flush=True)
+        print(one_line(line, self._encoding), file=self._stream, flush=True)
 
 
 class Repeats:

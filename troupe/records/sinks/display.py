@@ -1,7 +1,8 @@
 """What a person sees of a run at a glance: messages in, something that rich can draw out.
 
-It has the same number of lines from one moment to the next, so that nothing jumps: places for what has not come yet
-are kept free, and a line that is too long is cut.
+The way of the reward is the largest thing. All of it is as wide as the window and no higher: where a window is low,
+what matters least is left out. It has the same number of lines from one moment to the next, so that nothing jumps:
+places for what has not come yet are kept free, and a line that is too long is cut.
 """
 
 import math
@@ -9,36 +10,48 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from rich.cells import cell_len, chop_cells
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
-from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.cells import chop_cells
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from troupe.messages import GroupClosed, Incident, Phase, Status, Update
+from troupe.messages import Evaluated, Finding, GroupClosed, Incident, Phase, Status, Update
+from troupe.records.diagnosis import in_a_line
 from troupe.records.figures import FIGURES, function_of, queue_depths, written
+from troupe.records.held_out import HeldOut
 from troupe.records.members import at_a_glance, called, summary, worth_telling
 from troupe.records.sinks.base import RunInfo
 from troupe.records.sinks.digest import Sample, samples_of
-from troupe.runtime.terminal import one_line
+from troupe.records.sinks.drawing import (
+    GAP,
+    LABEL_WIDTH,
+    NOTHING,
+    Block,
+    bar,
+    beside,
+    fitted,
+    fitting,
+    line,
+    padded,
+    panel,
+    row,
+    shaded,
+    told,
+)
+from troupe.records.trend import area, spread, trend_of
+from troupe.runtime.terminal import arrows, one_line
 
 _PANELS = ("learning", "completions", "speed")
-"""Headings, besides that about the reward."""
-_MOST_REWARDS = 4
-"""Reward functions that have a line of their own."""
-_LAYOUTS: tuple[tuple[tuple[str, ...], ...], ...] = (
-    (("reward",), ("learning",), ("completions",), ("speed",)),
-    (("reward", "speed"), ("learning",), ("completions",)),
-    (("reward", "speed"), ("learning", "completions")),
-    (("reward", "learning", "completions", "speed"),),
-)
-"""Which panels stand below each other in how many columns; the first that there is room for is taken."""
-_PANEL_WIDTH = 24
-_GAP = 3
-_WIDEST_BAR, _BESIDE_A_BAR = 60, 40
-_ANSWER_LINES = 2
-_NOTHING = "–"
-_LABEL_WIDTH = 10
+_PANEL_WIDTH = 18
+"""At least."""
+_WIDE, _WIDE_PANEL = 120, 26
+"""From how many columns on panels stand beside the reward, and how wide they are there."""
+_WIDE_HEIGHT = 20
+_CHART, _HIGHEST_CHART = 3, 10
+"""Lines of the reward's curve."""
+_NARROW, _NARROWEST_BAR = 60, 4
+_MOST_SETS = 3
+"""Sets with held-out rows that have a line."""
+_ANSWER_LINES, _MOST_ANSWER_LINES = 2, 6
 _PACE_STEPS = 32
 """Newest steps that say how long the others will take."""
 _MOST_TEXT = 1000
@@ -51,6 +64,7 @@ _STYLES: dict[Phase, str] = {
     "stopping": "bold cyan",
     "failed": "bold red",
 }
+_REWARD = "magenta"
 
 
 def shown_metrics(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
@@ -60,17 +74,6 @@ def shown_metrics(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
         for metric, figure in FIGURES.items()
         if figure.line and metric in metrics
     ]
-
-
-def fitted(text: str, width: int) -> str:
-    """A line of at most `width` cells; of a longer one the beginning and the end."""
-    if cell_len(text) <= width:
-        return text
-    head = chop_cells(text, max(1, (width - 3) // 2))[0]
-    tail = text[len(head) :][-width:]
-    while cell_len(head) + 3 + cell_len(tail) > width:
-        tail = tail[1:]
-    return f"{head} … {tail}"
 
 
 def clock_time(seconds: float) -> str:
@@ -90,8 +93,10 @@ class Display:
         self._step, self._total_steps = run.first_step, run.total_steps
         self._ends: deque[tuple[int, float]] = deque([(run.first_step, self._began_s)], maxlen=_PACE_STEPS + 1)
         self._metrics: Mapping[str, float] = {}
+        self._reward, self._held_out = trend_of(run.past), HeldOut()
         self._sample: Sample | None = None
         self._status: Status | None = None
+        self._findings: Sequence[Finding] = ()
         self._incidents = 0
         self._last_incident = ""
 
@@ -100,26 +105,72 @@ class Display:
         if isinstance(message, Update):
             self._metrics, self._step, self._total_steps = message.metrics, message.step, message.total_steps
             self._ends.append((message.step, self._clock()))
+            self._reward.add(message.step, message.metrics.get("reward", math.nan))
+            self._findings = message.findings
+        elif isinstance(message, Evaluated):
+            self._held_out.add(message.version, message.name, message.metrics)
         elif isinstance(message, GroupClosed):
             if samples := samples_of(message):
                 self._sample = samples[0]
         elif isinstance(message, Status):
-            self._status = message
+            self._status, self._findings = message, message.findings
+            for evaluated in message.evaluated:  # before this start, too
+                self._held_out.add(evaluated.version, evaluated.name, evaluated.metrics)
         elif isinstance(message, Incident):
             self._incidents += 1
             self._last_incident = f"{message.actor}: {message.message}"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        width = options.max_width
-        yield self._title()
-        yield from self._progress(width)
-        yield self._banner() or self._now()
-        yield _side_by_side(dict(self._panels()), width)
-        yield Text()
-        yield self._queues()
-        yield from self._members()
-        yield from self._newest(width)
-        yield self._trouble()
+        width, height = options.max_width, max(1, options.size.height - 1)
+        chart, answer = _CHART, _ANSWER_LINES
+        spare = max(0, height - len(self._lines(width, height, chart, answer)))
+        chart, spare = chart + min(spare, _HIGHEST_CHART - chart), spare - min(spare, _HIGHEST_CHART - chart)
+        answer += min(spare, _MOST_ANSWER_LINES - answer)
+        yield from self._lines(width, height, chart, answer)
+
+    def _lines(self, width: int, height: int, chart: int, answer: int) -> list[Text]:
+        """What there is room for. `chart`, `answer`: how many lines the curve and the answer take."""
+        return fitting([*self._head(width), *self._middle(width, height, chart), *self._foot(width, answer)], height)
+
+    def _head(self, width: int) -> Iterator[Block]:
+        """How far the run is, what it is at, and what somebody should look at."""
+        now = self._banner() or self._now()
+        yield Block([self._title(), self._progress(width), now])
+        for lines in (self._trouble(width), self._diagnosis(width)):
+            yield Block(lines[:1])
+            yield Block(lines[1:], rank=2)
+        yield Block([] if self._findings else [Text()], rank=9)
+
+    def _middle(self, width: int, height: int, chart: int) -> Iterator[Block]:
+        """The reward and the figures of the step."""
+        panels = {heading: _figures(heading, self._metrics) for heading in _PANELS}
+        if width >= _WIDE and height >= _WIDE_HEIGHT:
+            first, second, third = (panel(heading, panels[heading], _WIDE_PANEL) for heading in _PANELS)
+            room = width - 2 * (_WIDE_PANEL + GAP)
+            right = beside([[*first, Text(" " * _WIDE_PANEL), *third], second])
+            below = [*self._functions(), *self._pools(), *self._held_out_lines()]
+            left = [*self._curve(room, max(chart, len(right) - 1 - len(below))), *below]
+            yield Block(beside([[padded(text, room) for text in left], right]))
+            return
+        heading, *curve = self._curve(width, chart)
+        yield Block([heading])
+        yield Block(curve, rank=1)
+        yield Block(self._functions(), rank=5)
+        yield Block(self._pools(), rank=6)
+        yield Block(self._held_out_lines(), rank=2)
+        yield Block([Text()], rank=10)
+        columns = max(1, min(len(_PANELS), (width + GAP) // (_PANEL_WIDTH + GAP)))
+        room = (width - GAP * (columns - 1)) // columns
+        for at in range(0, len(_PANELS), columns):
+            drawn = [panel(heading, panels[heading], room) for heading in _PANELS[at : at + columns]]
+            yield Block(beside(drawn), rank=3 if at == 0 else 6 + at)
+
+    def _foot(self, width: int, answer: int) -> Iterator[Block]:
+        """Queues, who else is at work, and the newest completion."""
+        yield Block([Text()], rank=9)
+        yield Block([self._queues()], rank=7)
+        yield Block(list(self._members()), rank=4)
+        yield Block(list(self._newest(width, answer)), rank=5)
 
     @property
     def _phase(self) -> Phase:
@@ -131,37 +182,34 @@ class Display:
 
     def _title(self) -> Text:
         style = _STYLES.get(self._phase, "bold")
-        told = "complete" if self._phase == "ended" else self._phase
-        return _line(
+        phase = "complete" if self._phase == "ended" else self._phase
+        return line(
             (one_line(self._run.name, self._encoding), "bold"),
             ("  ", ""),
-            (told, style),
+            (phase, style),
             (f"  {clock_time(self._clock() - self._began_s)}", "dim"),
         )
 
-    def _progress(self, width: int) -> Iterator[RenderableType]:
+    def _progress(self, width: int) -> Text:
+        """How many steps are done, the time left where it is known, and epochs; a bar takes what they leave."""
         left = "" if (left_s := self._left_s()) is None else f"{clock_time(left_s)} left"
         epoch = self._metrics.get("epoch", 0.0)
         epochs = epoch * self._total_steps / self._step if self._step else 0.0
-        of_epochs = f"{epoch:.2f} of {epochs:.2f}" if epochs else _NOTHING
-        part = 1.0 if epochs and epoch >= epochs else epoch - math.floor(epoch)
-        grid = Table.grid(padding=(0, 2, 0, 0))
-        grid.add_column(width=_LABEL_WIDTH - 2, style="dim", no_wrap=True)
-        grid.add_column(no_wrap=True)
-        grid.add_column(no_wrap=True)
-        grid.add_column(no_wrap=True, style="cyan")
-        bar = max(8, min(_WIDEST_BAR, width - _LABEL_WIDTH - _BESIDE_A_BAR))
+        of_epochs = f"epoch {epoch:.2f} of {epochs:.2f}" if epochs else ""
         steps = f"{self._step:,} of {self._total_steps:,}"
-        grid.add_row("steps", _bar(self._step / max(1, self._total_steps), bar), steps, left)
-        grid.add_row("epoch", _bar(part, bar), of_epochs, "")
-        yield grid
+        parts = [(f"  {steps:<{2 * len(f'{self._total_steps:,}') + 4}}", ""), (f"  {left:<12}", "cyan")]
+        parts += [(f"  {of_epochs:<20}", "dim")]
+        while len(parts) > 1 and width - LABEL_WIDTH - sum(len(text) for text, _ in parts) < _NARROWEST_BAR:
+            parts.pop()
+        room = max(_NARROWEST_BAR, width - LABEL_WIDTH - sum(len(text) for text, _ in parts))
+        return row("steps", *bar(self._step / max(1, self._total_steps), room, self._encoding), *parts)
 
     def _now(self) -> Text:
         """What the run is at, or waits for."""
         activity = None if self._status is None else self._status.activity
         if activity is None:
-            return _row("now", (_NOTHING, "dim"))
-        return _row("now", (one_line(activity.text, self._encoding), "yellow" if activity.waiting else "cyan"))
+            return row("now", (NOTHING, "dim"))
+        return row("now", (one_line(activity.text, self._encoding), "yellow" if activity.waiting else "cyan"))
 
     def _left_s(self) -> float | None:
         """Seconds that the other steps will take at the pace of the newest ones."""
@@ -171,11 +219,59 @@ class Display:
         pace_s = (ended_s - began_s) / (last - first)
         return max(0.0, pace_s * (self._total_steps - last) - (self._clock() - ended_s))
 
-    def _panels(self) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-        reward = list(_reward_rows(self._metrics, self._encoding)) if self._metrics else _rows("reward", {})[:2]
-        yield "reward", reward
-        for heading in _PANELS:
-            yield heading, _rows(heading, self._metrics)
+    def _curve(self, width: int, rows: int) -> list[Text]:
+        """The way of the reward, and its first and newest value above it."""
+        trend, room = self._reward, max(1, width - LABEL_WIDTH)
+        if trend.first is None or trend.newest is None:
+            why = "nan" if "reward" in self._metrics else f"{NOTHING} with the first step"
+            return [row("reward", (why, "dim")), *(Text() for _ in range(rows))]
+        first, newest = written(trend.first, ".3f"), written(trend.newest, ".3f")
+        way = newest if trend.steps[0] == trend.steps[1] else arrows(f"{first} → {newest}", self._encoding)
+        in_group = next((f"   {label} {value}" for label, value in _figures("reward", self._metrics)[1:]), "")
+        steps = f"   step {trend.steps[0]:,} to {trend.steps[1]:,}" if trend.steps[0] < trend.steps[1] else ""
+        heading = line((f"{'reward':<{LABEL_WIDTH}}", "bold"), (way, "bold"), (in_group, "dim"), (steps, "dim"))
+        values = spread(trend.values, room) if len(trend.values) > 1 else []
+        if not values:
+            return [heading, *(Text() for _ in range(rows))]
+        edges = [written(max(values), ".3f"), *[""] * (rows - 1)]
+        if min(values) < max(values):
+            edges[-1] = written(min(values), ".3f")
+        labels = [(f"{edge:>{LABEL_WIDTH - 1}} ", "dim") for edge in edges]
+        drawn = shaded(area(values, room, rows, encoding=self._encoding), _REWARD)
+        return [heading, *(line(label, *parts) for label, parts in zip(labels, drawn, strict=True))]
+
+    def _functions(self) -> list[Text]:
+        """The means of the reward functions on a line, where there are several."""
+        means = {name: value for metric, value in self._metrics.items() if (name := function_of(metric)) is not None}
+        if len(means) < 2:
+            return []
+        parts = [
+            part
+            for name, value in means.items()
+            for part in ((f"{one_line(name, self._encoding)} ", "dim"), (f"{written(value, '.3f')}   ", ""))
+        ]
+        return [row("rewards", *parts)]
+
+    def _pools(self) -> list[Text]:
+        """How many rows are in each pool, where they are drawn by their pass rates."""
+        there = [
+            (figure, self._metrics[metric])
+            for metric, figure in FIGURES.items()
+            if figure.chart == "pools" and metric in self._metrics
+        ]
+        parts = [
+            part
+            for figure, value in there
+            for part in ((f"{figure.name} ", "dim"), (f"{written(value, figure.spec)}   ", ""))
+        ]
+        return [row("rows", *parts)] if parts else []
+
+    def _held_out_lines(self) -> list[Text]:
+        """How the sets of held-out rows stand, a line each."""
+        return [
+            row("held-out", (name and f"{name}  ", "dim"), (standing, ""))
+            for name, standing in self._held_out.lines(self._encoding)[:_MOST_SETS]
+        ]
 
     def _queues(self) -> Text:
         now = {} if self._status is None else self._status.queues
@@ -183,7 +279,7 @@ class Display:
         parts: list[tuple[str, str]] = []
         for name, depth in depths:
             parts += [(f"{name} ", "dim"), (f"{depth:<5}", "" if depth else "dim")]
-        return _row("queues", *parts)
+        return row("queues", *(parts or [(NOTHING, "dim")]))
 
     def _members(self) -> Iterator[Text]:
         """Who does the run's work elsewhere, where there is more than one generator in a process."""
@@ -194,93 +290,55 @@ class Display:
         for member in members:
             style = "" if member.state == "working" else "dim" if member.state in ("idle", "ended") else "yellow"
             parts += [(f"{one_line(member.name, self._encoding)} ", "dim"), (f"{at_a_glance(member)}  ", style)]
-        yield _row(called(members), *parts)
+        yield row(called(members), *parts)
 
-    def _newest(self, width: int) -> Iterator[Text]:
-        room, sample = max(8, width - _LABEL_WIDTH), self._sample
-        prompt = answer = reward = ""
+    def _newest(self, width: int, most: int) -> Iterator[Text]:
+        room, sample = max(8, width - LABEL_WIDTH), self._sample
+        prompt, answer, reward = NOTHING, "", ""
         if sample is not None:
             prompt = fitted(one_line(_ends(sample.prompt), self._encoding), room)
             reward = "no score  " if math.isnan(sample.reward) else f"{sample.reward:.3f}  "
-            answer = fitted(one_line(_ends(sample.text), self._encoding), _ANSWER_LINES * room - len(reward))
-        yield _row("prompt", (prompt, "dim"))
+            answer = fitted(one_line(_ends(sample.text), self._encoding), most * room - len(reward))
+        yield row("prompt", (prompt, "dim"))
         lines = chop_cells(reward + answer, room) or [""]
-        for i in range(_ANSWER_LINES):
-            line = lines[i] if i < len(lines) else ""
+        for i in range(most):
+            text = lines[i] if i < len(lines) else ""
             score = reward if i == 0 else ""
-            yield _row("" if i else "answer", (score, "magenta"), (line[len(score) :], ""))
+            yield row("" if i else "answer", (score, _REWARD), (text[len(score) :], ""))
 
     def _banner(self) -> Text | None:
         """What whoever looks should see first, in the place of what the run is at; None where there is nothing."""
         if self._status is None or self._phase == "ended" or not self._status.notice:
             return None
-        return _line((one_line(self._status.notice, self._encoding), "bold reverse"))
+        return line((one_line(self._status.notice, self._encoding), "bold reverse"))
 
-    def _trouble(self) -> Text:
+    def _trouble(self, width: int) -> list[Text]:
         status = self._status
         if status is not None and status.held and self._phase == "held":
-            return _row("held", (one_line("; ".join(status.held), self._encoding), "yellow"))
+            return [row("held", (one_line("; ".join(status.held), self._encoding), "yellow"))]
         if not self._incidents:
-            return _row("incidents", ("none", "dim"))
+            return [row("incidents", ("none", "dim"))]
         last = one_line(self._last_incident[:_MOST_TEXT], self._encoding)
-        return _row("incidents", (f"{self._incidents}  ", "bold yellow"), (last, "yellow"))
+        return told("incidents", f"{self._incidents:,}", last, width, 1 if width >= _NARROW else 2)
+
+    def _diagnosis(self, width: int) -> list[Text]:
+        """The most serious of what its figures say is wrong; nothing where nothing is."""
+        if not self._findings:
+            return []
+        text = one_line(in_a_line(self._findings, self._run.folder)[:_MOST_TEXT], self._encoding)
+        title = one_line(self._findings[0].title, self._encoding)
+        return told(
+            "diagnosis", title, text.removeprefix(title).removeprefix(": "), width, 2 if width >= _NARROW else 4
+        )
 
 
-def _rows(heading: str, metrics: Mapping[str, float]) -> list[tuple[str, str]]:
+def _figures(heading: str, metrics: Mapping[str, float]) -> Sequence[tuple[str, str]]:
     """(label, value) of what is measured; places for all of it before the first step."""
     return [
-        (figure.panel[1], written(metrics[metric], figure.spec, figure.unit) if metrics else _NOTHING)
+        (figure.panel[1], written(metrics[metric], figure.spec, figure.unit) if metrics else NOTHING)
         for metric, figure in FIGURES.items()
         if figure.panel[0] == heading and (metric in metrics or not metrics)
     ]
-
-
-def _reward_rows(metrics: Mapping[str, float], encoding: str) -> Iterator[tuple[str, str]]:
-    """The reward, the first spread that is measured, and the means of the functions."""
-    yield from _rows("reward", metrics)[: 2 if "reward" in metrics else 1]
-    means = {name: value for metric, value in metrics.items() if (name := function_of(metric)) is not None}
-    most = _MOST_REWARDS if len(means) <= _MOST_REWARDS else _MOST_REWARDS - 1
-    for name in list(means)[:most]:
-        yield one_line(name, encoding), written(means[name], ".3f")
-    if len(means) > most:
-        yield f"and {len(means) - most} more", ""
-
-
-def _side_by_side(panels: Mapping[str, Sequence[tuple[str, str]]], width: int) -> Table:
-    """The panels in as many columns as there is room for."""
-    layout = next(
-        (columns for columns in _LAYOUTS if len(columns) * (_PANEL_WIDTH + _GAP) - _GAP <= width), _LAYOUTS[-1]
-    )
-    grid = Table.grid(padding=(0, _GAP, 0, 0))
-    for _ in layout:
-        grid.add_column(width=_PANEL_WIDTH)
-    grid.add_row(*(_column([(heading, panels[heading]) for heading in column]) for column in layout))
-    return grid
-
-
-def _column(panels: Sequence[tuple[str, Sequence[tuple[str, str]]]]) -> Table:
-    table = Table.grid(padding=(0, 1, 0, 0), expand=True)
-    table.add_column(ratio=1, no_wrap=True, overflow="ellipsis", style="dim")
-    table.add_column(justify="right", no_wrap=True)
-    for i, (heading, figures) in enumerate(panels):
-        if i:
-            table.add_row("", "")
-        table.add_row(Text(heading, style="bold cyan"), "")
-        for label, value in figures:
-            table.add_row(Text(label), Text(value, style="bold" if label == heading else ""))
-    return table
-
-
-def _bar(part: float, width: int) -> ProgressBar:
-    return ProgressBar(total=1.0, completed=part, width=width, complete_style="cyan", finished_style="green")
-
-
-def _row(label: str, *parts: tuple[str, str]) -> Text:
-    return _line((f"{label:<{_LABEL_WIDTH}}", "dim"), *parts)
-
-
-def _line(*parts: tuple[str, str]) -> Text:
-    return Text.assemble(*parts, no_wrap=True, overflow="ellipsis", end="\n")
 
 
 def _ends(text: str) -> str:

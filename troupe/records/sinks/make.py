@@ -15,6 +15,7 @@ from troupe.records.sinks.sqlite import SqliteSink
 from troupe.records.sinks.tensorboard import FOLDER, TensorBoardSink
 from troupe.records.sinks.trackers import TrackioSink, WandbSink
 from troupe.runtime.outlets import of_a_display, outlet_of
+from troupe.runtime.terminal import can_write
 
 
 def make_sinks(
@@ -50,8 +51,4 @@ def make_sinks(
 
 def can_draw(console: Console) -> bool:
     """Whether a display can be redrawn in place there, in letters that its encoding has."""
-    try:
-        "±–…".encode(console.encoding)
-    except UnicodeEncodeError:
-        return False
-    return console.is_terminal and not console.is_dumb_terminal
+    return can_write("±–…", console.encoding) and console.is_terminal and not console.is_dumb_terminal

@@ -28,6 +28,7 @@ _PATTERNS: tuple[tuple[re.Pattern[str], str, str], ...] = (
     (re.compile(r"time/(?P<label>[^/]+)/(?P<rest>busy|idle)"), "troupe_actor_{rest}", "actor"),
     (re.compile(r"time/(?P<label>[^/]+)/(?P<rest>hidden_s|exposed_s)"), "troupe_time_{rest}", "work"),
     (re.compile(r"environments/(?P<label>.+)/(?P<rest>wait_s)"), "troupe_environment_{rest}", "environment"),
+    (re.compile(r"(?P<rest>diagnosis)/(?P<label>.+)"), "troupe_{rest}", "rule"),
     (re.compile(r"tools/(?P<label>.+)/(?P<rest>wait_s)"), "troupe_tool_{rest}", "tool"),
 )
 """Which metrics share a name, and what their label is called."""

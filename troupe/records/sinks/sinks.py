@@ -89,19 +89,32 @@ class Sinks:
         A sink that is switched off, or cannot write at the moment, holds up nobody. False where another one has not
         come to it within `timeout_s`.
         """
+        return await self._until(lambda: self._has_settled(version))
+
+    async def written(self) -> bool:
+        """Wait until every durable sink has what it was given so far where a crash of this process leaves it; otherwise
+        as `settled`."""
+        given = {thread: thread.given for thread in self._threads if thread.durable}
+
+        def have_written() -> bool:
+            return all(thread.written >= count or self._is_away(thread) for thread, count in given.items())
+
+        return await self._until(have_written)
+
+    async def _until(self, holds: Callable[[], bool]) -> bool:
         loop = asyncio.get_running_loop()
         with anyio.move_on_after(self._timeout_s):
-            while not self._has_settled(version):
+            while not holds():
                 change = asyncio.Event()
                 listener = partial(loop.call_soon_threadsafe, change.set)
                 self._listeners.append(listener)
                 try:
-                    if not self._has_settled(version):
+                    if not holds():
                         await change.wait()
                 finally:
                     self._listeners.remove(listener)
             return True
-        return self._has_settled(version)
+        return holds()
 
     def lacking(self) -> dict[str, int]:
         """Durable sink → how many of the steps before the newest its file lacks, also after the end; none of one that
@@ -152,11 +165,11 @@ class Sinks:
     def _has_settled(self, version: int) -> bool:
         if not self._opened:
             return not any(isinstance(sink, DurableSink) for sink in self._sinks)
-        return all(
-            thread.settled >= version or thread.trouble is not None or thread.fault(self._timeout_s) is not None
-            for thread in self._threads
-            if thread.durable
-        )
+        return all(thread.settled >= version or self._is_away(thread) for thread in self._threads if thread.durable)
+
+    def _is_away(self, thread: SinkThread) -> bool:
+        """Whether it holds up nobody."""
+        return thread not in self._threads or thread.trouble is not None or thread.fault(self._timeout_s) is not None
 
     def _tell_listeners(self) -> None:
         for listener in tuple(self._listeners):

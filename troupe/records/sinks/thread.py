@@ -65,8 +65,8 @@ class SinkThread:
         changed: Callable[[], None] = lambda: None,
         before_opening: Callable[[], None] = lambda: None,
     ) -> None:
-        """`changed` is called, in the sink's thread, when `settled` or `trouble` may have changed. `before_opening` is
-        called there, too; where it raises, the sink is not opened."""
+        """`changed` is called, in the sink's thread, when `settled`, `written` or `trouble` may have changed.
+        `before_opening` is called there, too; where it raises, the sink is not opened."""
         self.name, self.takes = sink.name, sink.takes
         self._durable = sink if isinstance(sink, DurableSink) else None
         self.ended: Future[None] = Future()
@@ -75,6 +75,8 @@ class SinkThread:
         """What is to be told of the sink."""
         self.settled = -math.inf
         """The version up to which everything is on the disk."""
+        self.given = self.written = 0
+        """Messages that were put, and those of them that are where a crash of the process leaves them."""
         self.trouble: str | None = None
         """Why a durable sink cannot write at the moment."""
         self._sink, self._lane, self._tell, self._clock, self._limits = sink, lane, tell, clock, limits
@@ -82,6 +84,7 @@ class SinkThread:
         self._before_opening = before_opening
         self._change = threading.Condition()
         self._waiting: deque[object] = deque()
+        self._begun = 0  # messages taken out of `_waiting`
         self._unflushed = self._attempts = 0
         self._asked = -math.inf  # the version up to which it was asked to settle
         self._urgent = self._finishing = self._abandoned = False
@@ -97,6 +100,7 @@ class SinkThread:
                 self.dropped += 1
                 return
             self._waiting.append(message)
+            self.given += 1
             if not isinstance(message, Span | GroupClosed):
                 self._urgent = True
                 self._change.notify()
@@ -176,6 +180,7 @@ class SinkThread:
                     self._limits.first_pause_s if hurried else pause_s,
                 )
             batch, self._waiting, self._urgent = self._waiting, deque(), False
+            self._begun += len(batch)
             if self._finishing and self.durable:
                 self._asked = math.inf
             all_done = self._finishing and not batch and (not self.durable or self.settled >= self._asked)
@@ -201,6 +206,7 @@ class SinkThread:
         if not self._call(self._sink.flush, "flush"):
             return
         self._unflushed = 0
+        self.written = self._begun
         settling = self._asked > self.settled
         if settling and self._durable is not None and not self._call(self._durable.settle, "settle"):
             return
@@ -209,7 +215,7 @@ class SinkThread:
             self._note("sink_back", f"the sink {self.name} writes again, and has lost nothing")
         if settling:
             self.settled = self._asked
-            self._changed()
+        self._changed()
 
     def _call(self, function: Callable[[], None], kind: type | str, limit: int = _MAX_FAILURES) -> bool:
         """Do it, within the time that `fault` watches; whether it succeeded."""

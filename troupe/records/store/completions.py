@@ -5,6 +5,7 @@ completions are gone through without reading what they say. Texts are looked int
 will wait.
 """
 
+import math
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
@@ -66,6 +67,10 @@ class StoredCompletion(msgspec.Struct, frozen=True, kw_only=True):
     extra: dict[str, Any]
     log_probs: list[float] | None
     """None where they were not stored."""
+    entropies: list[float | None] | None = None
+    """Of each token in nats, as in `TokenFigures`; None where they were not stored, or it was not learned from."""
+    ratios: list[float | None] | None = None
+    """The same of importance ratios."""
     episode: StoredEpisode | None = None
     """None where it answered once."""
 
@@ -195,9 +200,11 @@ def count(connection: sqlite3.Connection, query: Query) -> int:
 
 def load(connection: sqlite3.Connection, found: Iterator[Key]) -> Iterator[StoredCompletion]:
     """The completions themselves."""
-    acted = has_episodes(connection)
-    more = "".join(f", e.{name}" if acted else ", NULL" for name in COLUMNS)
-    join = "LEFT JOIN episodes e ON e.gid = c.gid AND e.sample = c.sample" if acted else ""
+    acted, has_figures = has_episodes(connection), _has_token_figures(connection)
+    more = "".join(f", t.{name}" if has_figures else ", NULL" for name in ("entropies", "ratios"))
+    more += "".join(f", e.{name}" if acted else ", NULL" for name in COLUMNS)
+    join = "LEFT JOIN token_figures t ON t.gid = c.gid AND t.sample = c.sample" if has_figures else ""
+    join += " LEFT JOIN episodes e ON e.gid = c.gid AND e.sample = c.sample" if acted else ""
     sql = (
         f"SELECT {_NUMBERED}{more} FROM completions c JOIN groups g ON g.gid = c.gid {join}"
         " WHERE c.gid = ? AND c.sample = ?"
@@ -205,6 +212,12 @@ def load(connection: sqlite3.Connection, found: Iterator[Key]) -> Iterator[Store
     for _, gid, sample in found:
         for row in connection.execute(sql, (gid, sample)):
             yield _completion(row)
+
+
+def _has_token_figures(connection: sqlite3.Connection) -> bool:
+    """Stores of older versions have no such table."""
+    found = connection.execute("SELECT count(*) FROM sqlite_master WHERE name = 'token_figures'").fetchone()
+    return bool(found[0])
 
 
 def _ordered(connection: sqlite3.Connection, query: Query, after: Key | None, limit: int) -> Iterator[Key]:
@@ -279,6 +292,9 @@ def _completion(row: tuple[Any, ...]) -> StoredCompletion:
     fields["token_ids"] = unpacked("i", fields["token_ids"])
     if fields["log_probs"] is not None:
         fields["log_probs"] = unpacked("f", fields["log_probs"])
+    for name in ("entropies", "ratios"):
+        if fields[name] is not None:
+            fields[name] = [value if math.isfinite(value) else None for value in unpacked("f", fields[name])]
     try:
         return msgspec.convert(fields | {"episode": stored_episode(row[len(names) :])}, StoredCompletion)
     except msgspec.MsgspecError as error:

@@ -6,6 +6,7 @@ steps        one row a learner batch, its metrics as JSON
 groups       one row a group that has ended, under the step that it ended with
 completions  one row a sample of a group
 answers      one row a turn of a sample whose step may still be made again; see `answers.py`
+token_figures  one row a sample that was learned from, where they are kept: float32 of each token
 episodes     one row a sample that acted in an environment or called tools; see `episodes.py`
 evaluations, evaluation_rows, evaluation_samples  what the policy came to on rows that it is not trained on; see
              `evaluations.py`
@@ -51,19 +52,26 @@ TABLES = (
     " removed_at REAL)",
 )
 MACHINES = "CREATE TABLE IF NOT EXISTS machines (start INTEGER PRIMARY KEY, machine TEXT)"
-ADDED_SINCE = (MACHINES, *EPISODES, MEMBERS, *EVALUATIONS)
+TOKEN_FIGURES = (
+    "CREATE TABLE IF NOT EXISTS token_figures (gid INTEGER, sample INTEGER, step INTEGER, entropies BLOB, ratios BLOB,"
+    " PRIMARY KEY (gid, sample))",
+    "CREATE INDEX IF NOT EXISTS token_figures_by_step ON token_figures (step)",
+)
+ADDED_SINCE = (MACHINES, *EPISODES, *TOKEN_FIGURES, MEMBERS, *EVALUATIONS)
 """Tables that stores of older versions lack."""
 TO_BE_MADE_AGAIN = (
     ("steps", "step"),
     ("groups", "step"),
     ("completions", "step"),
     ("episodes", "step"),
+    ("token_figures", "step"),
     ("checkpoints", "version"),
     *EVALUATIONS_MADE_AGAIN,
 )
 
 ADD_GROUP = "INSERT OR REPLACE INTO groups VALUES (?,?,?,?,?,?,?,?,?,?)"
 ADD_COMPLETION = "INSERT OR REPLACE INTO completions VALUES (?,?,?,?,?,?,?,?,?,?,?,?)"
+ADD_TOKEN_FIGURES = "INSERT OR REPLACE INTO token_figures VALUES (?,?,?,?,?)"
 ADD_STEP = "INSERT OR REPLACE INTO steps VALUES (?,(SELECT max(start) FROM starts),?,?,?)"
 _ADD_INCIDENT = "INSERT INTO incidents VALUES ((SELECT max(start) FROM starts),?,?,?,?,?,?)"
 _ADD_CHECKPOINT = (
@@ -88,6 +96,7 @@ class GroupRows(NamedTuple):
     group: Row
     completions: list[Row]
     episodes: Sequence[Row] = ()
+    token_figures: Sequence[Row] = ()
 
 
 class StepRows(NamedTuple):
@@ -123,7 +132,15 @@ def group_rows(closed: GroupClosed, *, log_probs: bool = False) -> GroupRows:
                 packed("f", rollout.log_probs) if log_probs else None,
             )
         )
-    return GroupRows(group, completions, episode_rows(closed))
+    return GroupRows(group, completions, episode_rows(closed), _token_rows(closed))
+
+
+def _token_rows(closed: GroupClosed) -> list[Row]:
+    return [
+        (closed.gid, sample, closed.version, packed("f", figures.entropies), packed("f", figures.ratios))
+        for sample, figures in enumerate(closed.token_figures)
+        if figures is not None
+    ]
 
 
 def step_rows(update: Update, groups: Sequence[GroupRows], unix_s: float) -> StepRows:

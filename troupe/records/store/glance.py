@@ -17,6 +17,10 @@ _STARTS = (
 """When each start began, and when it made the last step that the next one went on from; None where it made none."""
 
 
+_POINTS = 12
+"""Steps of which the reward is read."""
+
+
 class Glance(msgspec.Struct, frozen=True, kw_only=True):
     """The two ends of a run, and how long it went on."""
 
@@ -24,6 +28,8 @@ class Glance(msgspec.Struct, frozen=True, kw_only=True):
     """Metrics of the first step; empty before it is done."""
     newest: Figures = {}
     """Metrics of the newest step."""
+    rewards: tuple[float, ...] = ()
+    """Of some steps, evenly spaced from the first to the newest."""
     step: int = 0
     """The newest; 0 before the first."""
     began_unix_s: float | None = None
@@ -44,6 +50,7 @@ def read_glance(connection: sqlite3.Connection) -> Glance:
     return Glance(
         first=_figures(first),
         newest=_figures(newest),
+        rewards=tuple(_rewards(connection, first[0], newest[0])),
         step=newest[0],
         began_unix_s=began,
         newest_unix_s=newest[1],
@@ -56,6 +63,15 @@ def _end(connection: sqlite3.Connection, order: str) -> tuple[int, float, str] |
         f"SELECT step, time, metrics FROM steps ORDER BY step {order} LIMIT 1"
     ).fetchone()
     return row
+
+
+def _rewards(connection: sqlite3.Connection, first: int, newest: int) -> Iterator[float]:
+    steps = {first + round((newest - first) * at / (_POINTS - 1)) for at in range(_POINTS)}
+    marks = ",".join("?" * len(steps))
+    sql = f"SELECT step, time, metrics FROM steps WHERE step IN ({marks}) ORDER BY step"
+    for row in connection.execute(sql, tuple(steps)):
+        if (reward := _figures(row).get("reward")) is not None:
+            yield reward
 
 
 def _figures(row: tuple[int, float, str]) -> Figures:

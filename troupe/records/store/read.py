@@ -11,13 +11,17 @@ from typing import Any
 
 import msgspec
 
+from troupe.dataset import CurriculumConfig
 from troupe.errors import OutputError
+from troupe.messages import Evaluated, EvaluatedRow, PromptText
 from troupe.records.layout import RUN_TOML, STORE
 from troupe.records.store import completions
 from troupe.records.store.completions import Key, Piece, Query, StoredCompletion
+from troupe.records.store.evaluations import stored_evaluations, stored_rows
 from troupe.records.store.format import DamagedStoreError, connect_to_read, is_in_use, refuse_newer
 from troupe.records.store.glance import Glance, read_glance
 from troupe.records.store.members import StoredMember, stored_members
+from troupe.records.store.rows import RowStory, prompts_of_rows, row_stories
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,6 +103,7 @@ class StoredRun:
 
     def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
         self._connection, self.path = connection, path
+        self.connection = connection  # for what other files read of it
         completions.prepare(connection)
 
     def overview(self) -> Overview:
@@ -152,6 +157,21 @@ class StoredRun:
                 raise DamagedStoreError(f"step {step}: {error}") from None
             yield StoredStep(step=step, start=start, unix_s=unix_s, metrics=figures)
 
+    def values(self, metric: str, most: int, up_to: int | None = None) -> list[tuple[int, float]]:
+        """(step, value) of a figure at no more than `most` steps, the first and the newest (or `up_to`) among them."""
+        found = self.step_range()
+        if found is None:
+            return []
+        first, newest = found
+        newest = newest if up_to is None else min(newest, up_to)
+        apart = max(1, -(-(newest - first) // max(1, most - 1)))
+        steps = {*range(first, newest, apart), newest} if newest >= first else set()
+        rows = self._connection.execute(
+            f"SELECT step, metrics FROM steps WHERE step IN ({','.join(map(str, steps))}) ORDER BY step"
+        )
+        told = ((step, _FIGURES.decode(metrics).get(metric)) for step, metrics in rows)
+        return [(step, value) for step, value in told if value is not None]
+
     def newest_incidents(self, count: int) -> list[StoredIncident]:
         """At most `count`, the newest first; those that are alike are one."""
         rows = self._connection.execute(
@@ -168,14 +188,38 @@ class StoredRun:
             return {}
         return dict(ask("SELECT start, machine FROM machines WHERE machine != '' ORDER BY start"))
 
+    def evaluations(self) -> list[Evaluated]:
+        """Every evaluation without its rows, by version."""
+        return stored_evaluations(self._connection)
+
+    def evaluated_rows(self, version: int, name: str) -> tuple[EvaluatedRow, ...]:
+        """What a version answered to each row of a set; nothing where that is not stored."""
+        return stored_rows(self._connection, version, name)
+
     def members(self) -> list[StoredMember]:
         """Who did work in a process of its own, start by start."""
         return list(stored_members(self._connection))
+
+    def rows(self, config: CurriculumConfig) -> Iterator[RowStory]:
+        """What became of every row of the dataset that was seen; `config`: what passes, and where pools begin."""
+        return row_stories(self._connection, config)
+
+    def prompts_of_rows(self) -> dict[int, PromptText | None]:
+        """Row → its prompt, of the rows that were seen."""
+        return prompts_of_rows(self._connection)
 
     def steps_with_completions(self) -> list[int]:
         """The first and the newest step that have any; none, or one, where there are no two."""
         ends = self._connection.execute("SELECT min(step), max(step) FROM completions").fetchone()
         return [step for step in dict.fromkeys(ends) if step is not None]
+
+    def rows_seen_most(self, count: int) -> list[int]:
+        """The dataset rows that most groups were of, and more than one."""
+        sql = (
+            "SELECT row FROM groups WHERE row IS NOT NULL GROUP BY row HAVING count(*) > 1"
+            " ORDER BY count(*) DESC, row LIMIT ?"
+        )
+        return [row for (row,) in self._connection.execute(sql, (count,))]
 
     def reward_names(self) -> list[str]:
         """The rewards of the newest group."""

@@ -18,6 +18,7 @@ from troupe.records.store.format import (
     ADD_COMPLETION,
     ADD_GROUP,
     ADD_STEP,
+    ADD_TOKEN_FIGURES,
     ADDED_SINCE,
     FORMAT,
     REMOVE_CHECKPOINT,
@@ -82,6 +83,7 @@ class StoreWriter:
         with store_errors(self._path), self._transaction() as do:
             do.executemany(ADD_GROUP, (group.group for group in rows.groups))
             do.executemany(ADD_COMPLETION, (row for group in rows.groups for row in group.completions))
+            do.executemany(ADD_TOKEN_FIGURES, (row for group in rows.groups for row in group.token_figures))
             do.executemany(ADD_EPISODE, (row for group in rows.groups for row in group.episodes))
             do.execute(ADD_STEP, rows.step)
 

@@ -45,6 +45,7 @@ RULES: dict[str, Rule] = {
     "data.chat": "by name",
     "data.chat_template_kwargs": "by name",
     "data.chat_template_date": "by name",
+    "curriculum.*": "by name",  # rows that were chosen already stay
     "generation.*": "by name",
     "rewards.functions": "by name",
     "rewards.run": "by name",
@@ -80,6 +81,7 @@ RULES: dict[str, Rule] = {
     "schedule.watchdog_s": "free",
     "schedule.*": "by name",
     "checkpoint.*": "free",
+    "evaluation.*": "free",
     "metrics.*": "free",
     "daemon.*": "free",
     "cluster.*": "free",

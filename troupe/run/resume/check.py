@@ -60,7 +60,7 @@ SETTLED_BY_CONTENTS = (
     "data.answer_column",
     "data.system_prompt",
 )
-_SAMPLED = re.compile(r"generation\..+|data\..+|rewards\.functions|environment\..+")
+_SAMPLED = re.compile(r"generation\..+|data\..+|rewards\.functions|environment\..+|curriculum\.enabled")
 """Keys of which it depends what is sampled, and what scores it gets."""
 
 

@@ -13,6 +13,7 @@ const CHARTS = JSON.parse(at("charts").textContent);
 
 let curves = { step: [] };
 let status = null;
+let heldOut = [];
 let groups = [];
 let incidents = [];
 let over = null;
@@ -21,7 +22,8 @@ let held = false;
 let reading = false;
 let asking = false;
 const peaks = {};
-const drawn = [];
+const places = [];
+let heldOutPlace = null;
 
 // ---- data
 
@@ -35,23 +37,36 @@ function addStep(step, figures) {
 
 const column = (name) => curves[name] || [];
 
-// the band about a line: its half width is another metric, or two others are its edges
-function bandOf(chart, middle) {
-  const spread = chart.spread.map(column).find((values) => values.length);
-  const edges = chart.edges.map(column);
-  if (!spread) return edges.length && edges.every((edge) => edge.length) ? { low: edges[0], high: edges[1] } : undefined;
-  const shifted = (sign) => middle.map((y, i) => (known(y) && known(spread[i]) ? y + sign * spread[i] : null));
-  return { low: shifted(-1), high: shifted(1) };
+// along what the curves are drawn; a point that stands for several steps has their mean time
+function axesOf() {
+  let passed = 0;
+  const times = column("step_time");
+  const time = curves.step.map((step, i) => {
+    passed += (known(times[i]) ? times[i] : 0) * (step - (curves.step[i - 1] || 0));
+    return passed;
+  });
+  return { step: curves.step, time, tokens: column("num_tokens") };
 }
 
-function seriesOf(chart) {
+// the bands about a line: between two metrics, or as wide as another one where the line itself has been
+function bandsOf(chart, middle) {
+  const measured = chart.bands.map((edges) => edges.map(column)).filter((edges) => edges.every((edge) => edge.length));
+  if (measured.length) return measured.map(([low, high]) => ({ low, high }));
+  const spread = chart.spread.map(column).find((values) => values.length);
+  if (!spread) return [];
+  const [least, most] = reachOf([middle]);
+  const shifted = (sign) => middle.map((y, i) => (known(y) && known(spread[i]) ? Math.min(most, Math.max(least, y + sign * spread[i])) : null));
+  return [{ low: shifted(-1), high: shifted(1) }];
+}
+
+function seriesOf(chart, x) {
   const measured = chart.lines.filter(([metric]) => column(metric).length);
   const parts = chart.parts ? Object.keys(curves).filter((metric) => metric.startsWith("rewards/")) : [];
   const lines = measured.length ? measured : chart.lines.slice(0, 1);
   if (parts.length > 1) for (const metric of parts) lines.push([metric, metric.slice("rewards/".length, -"/mean".length)]);
   return lines.map(([metric, name], i) => {
     const y = column(metric);
-    return { name, x: curves.step, y, band: i ? undefined : bandOf(chart, y) };
+    return { name, x, y, bands: i ? [] : bandsOf(chart, y) };
   });
 }
 
@@ -65,15 +80,37 @@ function recentMean(name, count) {
   return values.length ? values.reduce((sum, value) => sum + value, 0) / values.length : null;
 }
 
-function drawCharts() {
-  CHARTS.forEach((chart, i) => {
-    if (chart.optional && !chart.lines.some(([metric]) => column(metric).length)) return;
-    const { title, about, format, smooth, least: min } = chart;
-    const empty = curves.step.length ? chart.empty : "no step yet";
-    const spec = { title, about, format, smooth, min, empty, series: seriesOf(chart) };
-    if (drawn[i]) drawn[i].update(spec);
-    else drawn[i] = troupeChart(html("figure", "card", at("curves")), spec);
+// what was evaluated, where the run was by then
+function drawHeldOut(x) {
+  heldOutPlace ||= html("figure", "card", null);
+  if (!heldOut.length || !places.length) return;
+  places[0].after(heldOutPlace);
+  const seen = (values, step) => {
+    const place = x.step.findLastIndex((known) => known <= step);
+    return place < 0 ? 0 : values[place];
+  };
+  const series = heldOut.map(({ name, figure, step, y, errors }) => {
+    const along = (values) => step.map((each) => seen(values, each));
+    return { name: `${name} ${figure}`, x: { step, time: along(x.time), tokens: along(x.tokens) }, y, errors, points: true };
   });
+  const format = heldOut.every(({ share }) => share) ? "percent" : "number";
+  const about = "Rows that are not trained on, with standard errors.";
+  const until = { step: x.step.at(-1), time: x.time.at(-1), tokens: x.tokens.at(-1) };
+  const min = format === "percent" && heldOut.every(({ y }) => y.length === 1) ? 0 : undefined; // else only its error bar is seen
+  troupeChart(heldOutPlace, { key: "held_out", title: "Held-out", about, format, min, until, series });
+}
+
+// charts that not every run has are there once something of them is measured
+function drawCurves() {
+  const x = axesOf();
+  CHARTS.forEach((chart, i) => {
+    const place = (places[i] ||= html("figure", "card", at("curves")));
+    place.hidden = chart.optional && !chart.lines.some(([metric]) => column(metric).length);
+    if (place.hidden) return;
+    const { key, title, about, format, smooth, least: min } = chart;
+    troupeChart(place, { key, title, about, format, smooth, min, empty: curves.step.length ? "" : "comes with the first step", series: seriesOf(chart, x) });
+  });
+  drawHeldOut(x);
 }
 
 // ---- drawing a few times a second, however much comes
@@ -89,7 +126,7 @@ function touch(what) {
 function draw() {
   timer = null;
   if (document.hidden) return; // drawn when it is looked at again
-  if (dirty.has("curves")) drawCharts();
+  if (dirty.has("curves")) drawCurves();
   if (dirty.has("incidents")) showIncidents();
   if (dirty.has("groups") && !at("talks").childElementCount) showTalks();
   if (dirty.size) showStatus();
@@ -142,6 +179,10 @@ const handlers = {
     curves = { step: [], ...table };
     touch("curves");
   },
+  held_out(sets) {
+    heldOut = sets;
+    touch("curves");
+  },
   step({ step, figures }) {
     addStep(step, figures);
     touch("curves");
@@ -169,5 +210,7 @@ const handlers = {
   },
 };
 
+chartTools(at("tools"));
+themeSwitch(at("theme"));
 connect();
-drawCharts();
+drawCurves();

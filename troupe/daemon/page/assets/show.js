@@ -2,6 +2,8 @@
 "use strict";
 
 const GROUPS = 8;
+const FINDINGS = 3;
+const HELD_OUT = 2;
 const REPORTS = / (incidents|spans)$/;
 
 // ---- words
@@ -69,9 +71,9 @@ function showStatus() {
   const left = pace !== null && total ? (total - step) * pace : null;
   say("left", phase === "ended" || left === 0 ? "none" : left === null ? "–" : duration(left));
   say("left-more", pace === null ? " " : `${figure(pace, "seconds")} a step`);
-  const spread = newest("reward_std_within_groups");
+  const first = column("reward").find(known);
   say("reward", figure(newest("reward")));
-  say("reward-more", spread === null ? " " : `± ${figure(spread)} within groups`);
+  say("reward-more", known(first) ? `from ${figure(first)}` : " ");
   say("speed", figure(newest("tokens_per_second"), "integer"));
   const length = newest("completions/mean_length");
   say("speed-more", length === null ? " " : `${figure(Math.round(10 * length) / 10)} a completion`);
@@ -81,6 +83,7 @@ function showStatus() {
   const count = sum(status.incidents);
   say("mishaps", whole(count));
   say("mishaps-more", count ? listed(status.incidents) : "none");
+  showHeldOut();
   const { activity } = status;
   say("now", activity && !over && !lost ? activity.what + activity.detail : "\u00a0");
   at("now").classList.toggle("waits", Boolean(activity && activity.waiting));
@@ -89,6 +92,19 @@ function showStatus() {
   showQueues();
   showGroups();
   showMembers();
+}
+
+// a tile for each of the first sets
+function showHeldOut() {
+  heldOut.slice(0, HELD_OUT).forEach(({ name, figure: measure, share, step, y }, i) => {
+    const tile = at(`held-out-${i}`);
+    const format = share ? "percent" : "number";
+    tile.hidden = false;
+    set(tile.children[0], `${name} ${measure}`);
+    const since = y.length > 1 ? `from ${figure(y[0], format)}` : step[0] ? `at step ${whole(step[0])}` : "untrained";
+    set(tile.children[1], figure(y[y.length - 1], format));
+    set(tile.children[2], since);
+  });
 }
 
 function showButtons(phase) {
@@ -104,11 +120,21 @@ function showButtons(phase) {
   for (const button of at("buttons").children) button.disabled = !goes || !can[button.dataset.ask].includes(phase);
 }
 
-// never "nothing" beside a number of incidents
-function calmly(count) {
+// never "nothing" beside an incident: some are the daemon's own, which the run does not count
+function calmly() {
   if (status.phase === "paused") return "Paused: no step is begun until you resume.";
+  const kinds = { ...status.incidents };
+  for (const { kind, times } of incidents) if (!(kind in status.incidents)) kinds[kind] = (kinds[kind] || 0) + (times || 1);
+  const count = sum(kinds);
   if (!count) return "Nothing needs your attention.";
-  return `Nothing holds the run up now. Look at ${count === 1 ? "the incident" : `the ${whole(count)} incidents`} below: ${listed(status.incidents)}.`;
+  const waits = status.activity && status.activity.waiting; // said above
+  return `${waits ? "" : "Nothing holds the run up now. "}Look at ${count === 1 ? "the incident" : `the ${whole(count)} incidents`} below: ${listed(kinds)}.`;
+}
+
+// as records/diagnosis/words.py tells it
+function diagnosed({ title, evidence, since, remedy }) {
+  const command = remedy.replace(/^--set (?=learner\.lr=)/, `troupe set ${at("folder").textContent} `);
+  return `Diagnosis: ${title}: ${evidence} (since step ${whole(since)}); try ${command}`;
 }
 
 function showNotes() {
@@ -122,12 +148,16 @@ function showNotes() {
     notes.push([goesOn ? "warn" : "bad", `Start ${attempt} of ${limit} after a failure ${when}: ${reason}`]);
   }
   if (!over && status.notice) notes.push(["warn", status.notice]);
-  for (const reason of status.held) notes.push(["warn", `No step is begun: ${reason}`]);
-  for (const [name, reason] of Object.entries(status.rewards_down)) notes.push(["warn", `The reward ${name} is down: ${reason}`]);
+  const down = Object.entries(status.rewards_down).map(([name, reason]) => ({ name, reason, sign: `reward ${name} is down` }));
+  const holds = ({ sign }) => status.held.some((reason) => reason.startsWith(sign));
+  for (const reason of status.held) if (!down.some(({ sign }) => reason.startsWith(sign))) notes.push(["warn", `No step is begun: ${reason}`]);
+  for (const one of down) notes.push(["warn", `The ${one.sign}${holds(one) ? ", so no step is begun" : ""}: ${one.reason}`]);
+  for (const finding of status.findings.slice(0, FINDINGS)) notes.push(["warn", diagnosed(finding)]);
+  if (status.findings.length > FINDINGS) notes.push(["warn", `Diagnosis: ${status.findings.length - FINDINGS} more`]);
   if (Object.keys(status.restarts).length) notes.push(["", `Actors that were made anew: ${Object.entries(status.restarts).map(([name, times]) => `${name} ${times}×`).join(", ")}`]);
   const parent = at("notes");
   const calm = notes.length === 0;
-  if (calm) notes.push(["calm", calmly(sum(status.incidents))]);
+  if (calm) notes.push(["calm", calmly()]);
   fill(parent, notes, (to) => html("p", "note", to), (node, [kind, text]) => {
     node.className = `note ${kind}`;
     if (node.textContent !== text) node.textContent = text;
@@ -209,61 +239,6 @@ function showIncidents() {
     const times = incident.times > 1 ? ` (${whole(incident.times)} times)` : "";
     set(row.children[2], `${incident.actor}: ${incident.message}${times}`);
   });
-}
-
-// what is told of a turn, as facts_of in conversations.py
-function factsOf(one) {
-  const facts = one.row ? [`new row after ${whole(one.row)} tokens`] : [];
-  if (one.turn) facts.push(`${whole(one.tokens || 0)} tokens`);
-  if (one.read) facts.push(`${whole(one.read)} read`);
-  if (one.seconds) facts.push(figure(one.seconds, "seconds"));
-  if (one.reward !== undefined && one.reward !== null) facts.push(`reward ${figure(one.reward)}`);
-  return facts;
-}
-
-const ROLES = ["system", "user", "assistant", "tool"];
-
-function anyWay(className, to, text) {
-  const node = html("pre", className, to, text);
-  node.dir = "auto";
-  return node;
-}
-
-function folded(to, title, text) {
-  const details = html("details", "", to);
-  html("summary", "", details, title);
-  anyWay("", details, text);
-}
-
-function call(to, { name, arguments: given, result, error, seconds }) {
-  const details = html("details", "call", to);
-  const summary = html("summary", "", details);
-  html("code", "", summary, `${name} ${given}`);
-  if (seconds) html("span", "", summary, figure(seconds, "seconds"));
-  if (error) html("span", "failed", summary, "failed");
-  anyWay("", details, given);
-  if (error) html("p", "failed", details, error);
-  if (result) anyWay("", details, result);
-}
-
-// who said what, calls of tools and thoughts folded; the report's template builds the same
-function conversation(to, said) {
-  const box = html("div", "conversation", to);
-  box.tabIndex = 0;
-  box.setAttribute("role", "group");
-  box.setAttribute("aria-label", "conversation");
-  for (const one of said) {
-    const part = html("div", `said ${ROLES.includes(one.role) ? one.role : "other"}`, box);
-    const head = html("div", "said-head", part);
-    html("b", "", head, one.turn ? `turn ${one.turn}` : one.role);
-    for (const fact of factsOf(one)) html("span", "", head, fact);
-    if (one.thoughts) folded(part, "thoughts", one.thoughts);
-    if (one.role === "system" && one.text.length > 240) folded(part, `${one.text.slice(0, 60)} …`, one.text);
-    else if (one.text || !(one.calls || one.thoughts || one.failed)) anyWay("", part, one.text || "(nothing)");
-    for (const each of one.calls || []) call(part, each);
-    if (one.failed) html("p", "failed", part, `failed: ${one.failed}`);
-    if (one.info) folded(part, "info", one.info);
-  }
 }
 
 function talk(to, { group, at: unix }) {

@@ -1,279 +1,316 @@
-// Line charts as SVG, for the report and the live page. Needs format.js.
+// Line charts, for the report and the live page: uPlot draws, this says what. Needs uPlot, format.js, settings.js,
+// series.js, plot.js and save.js.
 //
 //   const chart = troupeChart(element, {
-//     title: "Reward", xLabel: "step", format: "number",
-//     series: [{ name: "mean", x: [1, 2, 3], y: [0.1, null, 0.3], band: { low: [...], high: [...] } }],
+//     key: "reward", title: "Reward", about: "…", format: "number",
+//     series: [{ name: "mean", x: { step: [1, 2, 3], time: [2.5, 5, 7.5] }, y: [0.1, null, 0.3],
+//                bands: [{ low: […], high: […] }] }],
 //   });
-//   chart.update({ ... });          // other data; `troupeChart(element, ...)` again does the same
+//   chart.update({ … });          // other data; `troupeChart(element, …)` again does the same
 //
-// Missing values are null: lines have gaps there. Every text is put in as text, never as HTML. Besides the above, a
-// spec may have: smooth (draw a moving mean over the pale line), min (the y axis reaches at least there), and marks
-// ([{ x, label }], dashed verticals). Charts with the same xLabel show the same x under the pointer.
+// Missing values are null: lines have gaps there. Every text is put in as text, never as HTML. Besides the above a spec
+// may have: smooth (the page's smoothing acts on it), min (the y axis reaches at least there), until ({ step, time,
+// tokens }: so does the x axis), empty (what is said where nothing is measured) and marks ([{ step, time, tokens,
+// label }], dashed verticals); a series run (its button hides that run in all charts), color (1 to 8), dashed, points
+// (a dot at each value) and errors (half widths of bars).
 "use strict";
 
 (() => {
-  const SVG = "http://www.w3.org/2000/svg";
   const states = new WeakMap();
   const charts = new Set();
+  const { values: chosen, choose } = chartSettings;
+  const { isLog, isShown, prepare, colour, forgetColours, horizontalReach, wholeReach, sizeOf, plotted } = chartPlot;
+  let aloud = null;
 
-  function svg(tag, attributes, parent) {
-    const node = document.createElementNS(SVG, tag);
-    for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
-    if (parent) parent.append(node);
-    return node;
-  }
-
-  // round numbers that divide [low, high] into about `count` parts
-  function ticks(low, high, count, whole) {
-    const rough = (high - low) / Math.max(1, count);
-    let step = 10 ** Math.floor(Math.log10(rough));
-    for (const factor of [2, 2.5, 2]) if (step < rough) step *= factor;
-    if (whole) step = Math.max(1, Math.round(step));
-    const found = [];
-    for (let n = Math.ceil(low / step - 1e-9); n * step <= high + step * 1e-9; n++) found.push(n * step);
-    return found;
-  }
-
-  function reach(lists, low = Infinity, high = -Infinity) {
-    for (const list of lists) {
-      for (const value of list) {
-        if (!known(value)) continue;
-        if (value < low) low = value;
-        if (value > high) high = value;
-      }
-    }
-    return [low, high];
-  }
-
-  function verticalReach(spec) {
-    let [low, high] = reach(spec.series.map((one) => one.y));
-    if (low > high) return [0, 1];
-    const bands = spec.series.filter((one) => one.band);
-    if (bands.length) {
-      // a band may be far wider than its line: it must not press the line flat
-      const room = 1.5 * (high - low || Math.abs(high) || 1);
-      const [bandLow, bandHigh] = reach(bands.flatMap((one) => [one.band.low, one.band.high]), low, high);
-      [low, high] = [Math.max(bandLow, low - room), Math.min(bandHigh, high + room)];
-    }
-    if (known(spec.min)) low = Math.min(low, spec.min);
-    if (low === high) {
-      const room = Math.abs(low) * 0.1 || 1;
-      return [spec.min === low ? low : low - room, high + room];
-    }
-    const room = 0.06 * (high - low);
-    return [spec.min === low ? low : low - room, high + room];
-  }
-
-  // moving mean over a window of about a twentieth of the points; gaps stay gaps
-  function smoothed(values) {
-    const half = Math.max(1, Math.round(values.length / 40));
-    let sum = 0;
-    let count = 0;
-    const take = (value, sign) => {
-      if (!known(value)) return;
-      sum += sign * value;
-      count += sign;
-    };
-    for (let i = 0; i < Math.min(half, values.length); i++) take(values[i], 1);
-    return values.map((value, i) => {
-      if (i + half < values.length) take(values[i + half], 1);
-      if (i - half - 1 >= 0) take(values[i - half - 1], -1);
-      return known(value) && count ? sum / count : null;
-    });
-  }
-
-  // the points between gaps as one path; a point by itself becomes a dot, thanks to the round line cap
-  function linePath(xs, ys, toX, toY) {
-    let path = "";
-    let open = false;
-    xs.forEach((x, i) => {
-      if (!known(ys[i])) {
-        open = false;
-        return;
-      }
-      const point = `${toX(x).toFixed(1)} ${toY(ys[i]).toFixed(1)}`;
-      path += open ? `L${point}` : `M${point}h0`;
-      open = true;
-    });
-    return path;
-  }
-
-  function bandPath(xs, low, high, toX, toY) {
-    let path = "";
-    let run = [];
-    const close = () => {
-      if (run.length) {
-        const up = run.map((i) => `${toX(xs[i]).toFixed(1)} ${toY(high[i]).toFixed(1)}`);
-        const down = run.reverse().map((i) => `${toX(xs[i]).toFixed(1)} ${toY(low[i]).toFixed(1)}`);
-        path += `M${up.join("L")}L${down.join("L")}Z`;
-      }
-      run = [];
-    };
-    xs.forEach((_, i) => (known(low[i]) && known(high[i]) ? run.push(i) : close()));
-    close();
-    return path;
-  }
-
-  function nearest(xs, x) {
-    let low = 0;
-    let high = xs.length - 1;
-    while (high - low > 1) {
-      const middle = (low + high) >> 1;
-      if (xs[middle] < x) low = middle;
-      else high = middle;
-    }
-    return Math.abs(xs[low] - x) <= Math.abs(xs[high] - x) ? low : high;
-  }
-
-  function lastKnown(values) {
-    for (let i = values.length - 1; i >= 0; i--) if (known(values[i])) return i;
-    return -1;
-  }
+  // ---- one chart
 
   function build(element) {
     element.classList.add("chart");
     element.replaceChildren();
     const caption = html("figcaption", "", element);
-    const state = { element, cursor: null, width: 0 };
+    const state = { element, off: new Set(), size: null, cursor: null, plot: null };
     state.title = html("span", "chart-title", caption);
     state.at = html("span", "chart-at", caption);
     state.value = html("span", "chart-value", caption);
-    state.plot = html("div", "chart-plot", element);
+    chartMenu(state, caption, { toggleLog: () => toggleLog(state), enlarge: () => enlarge(state), colour });
+    state.box = html("div", "chart-plot", element);
+    state.box.tabIndex = 0;
+    state.box.setAttribute("role", "application");
+    state.box.setAttribute("aria-roledescription", "chart");
+    state.box.addEventListener("keydown", (event) => press(state, event));
+    state.box.addEventListener("blur", () => showCursor(null));
+    state.box.addEventListener("pointermove", (event) => touchAt(state, event));
     state.legend = html("div", "legend", element);
-    state.plot.addEventListener("pointermove", (event) => pointAt(state, event));
-    state.plot.addEventListener("pointerdown", (event) => pointAt(state, event));
-    state.plot.addEventListener("pointerleave", () => showCursor(state.spec.xLabel, null));
     if (typeof ResizeObserver === "function") {
-      state.observer = new ResizeObserver(() => {
-        if (state.plot.clientWidth !== state.width) draw(state);
-      });
-      state.observer.observe(state.plot);
+      new ResizeObserver(() => {
+        const { width, height } = sizeOf(state);
+        if (state.plot && (width !== state.size.width || height !== state.size.height)) resize(state);
+      }).observe(state.box);
     }
     states.set(element, state);
-    charts.add(state);
     return state;
   }
 
-  function pointAt(state, event) {
-    if (!state.fromX) return;
-    showCursor(state.spec.xLabel, state.fromX(event.clientX - state.plot.getBoundingClientRect().left));
-  }
-
-  function showCursor(xLabel, x) {
-    for (const state of charts) {
-      if (!state.element.isConnected) charts.delete(state);
-      else if (state.spec.xLabel === xLabel) {
-        state.cursor = x;
-        readOut(state);
-      }
-    }
-  }
-
   function draw(state) {
-    const spec = state.spec;
-    const width = state.plot.clientWidth || 320;
-    const height = state.plot.clientHeight || 168;
-    state.width = state.plot.clientWidth;
-    state.plot.replaceChildren();
-    state.fromX = null;
-    const [firstX, lastX] = reach(spec.series.map((one) => one.x));
-    if (!spec.series.some((one) => one.y.some(known))) {
-      html("div", "chart-empty", state.plot, spec.empty || "nothing yet");
-      readOut(state);
-      return;
-    }
-    const [low, high] = verticalReach(spec);
-    const yTicks = ticks(low, high, height > 220 ? 5 : 3, false);
-    const labels = yTicks.map((value) => formatValue(Math.abs(value) < 1e-12 * (high - low) ? 0 : value, spec.format));
-    const left = 10 + 6.3 * Math.max(...labels.map((label) => label.length), 2);
-    const inner = { x: left, y: 6, width: Math.max(10, width - left - 8), height: height - 26 };
-    const span = lastX - firstX || 1;
-    const toX = (x) => (lastX === firstX ? inner.width / 2 : ((x - firstX) / span) * inner.width);
-    const toY = (y) => inner.height - ((y - low) / (high - low)) * inner.height;
-    state.fromX = (pixel) => firstX + ((pixel - inner.x) / inner.width) * (lastX - firstX);
-    state.inner = inner;
-    state.toX = toX;
-    state.toY = toY;
-
-    const root = svg("svg", { width, height, role: "img" }, state.plot);
-    svg("title", {}, root).textContent = spec.title || "";
-    yTicks.forEach((value, i) => {
-      const y = inner.y + toY(value);
-      svg("line", { class: "gridline", x1: inner.x, x2: inner.x + inner.width, y1: y, y2: y }, root);
-      svg("text", { class: "axis", x: inner.x - 7, y: y + 4, "text-anchor": "end" }, root).textContent = labels[i];
-    });
-    const room = Math.max(62, 9 * plain(lastX).length + 14); // for one label
-    const xTicks = lastX === firstX ? [firstX] : ticks(firstX, lastX, Math.max(2, inner.width / room), true);
-    for (const value of xTicks) {
-      const x = inner.x + toX(value);
-      const end = x > inner.x + inner.width - 14 ? "end" : "middle";
-      const at = { class: "axis", x: end === "end" ? inner.x + inner.width : x, y: height - 4, "text-anchor": end };
-      svg("text", at, root).textContent = plain(value);
-    }
-    const area = svg("svg", { x: inner.x, y: inner.y, width: inner.width, height: inner.height }, root);
-    for (const mark of spec.marks || []) {
-      const line = svg("line", { class: "mark", x1: toX(mark.x), x2: toX(mark.x), y1: 0, y2: inner.height }, area);
-      svg("title", {}, line).textContent = mark.label || "";
-    }
-    spec.series.forEach((one, i) => {
-      const group = svg("g", { class: `s${(i % 8) + 1}` }, area);
-      if (one.band) svg("path", { class: "band", d: bandPath(one.x, one.band.low, one.band.high, toX, toY) }, group);
-      const smooth = spec.smooth && one.y.length >= 40;
-      const path = { class: smooth ? "line raw" : "line", d: linePath(one.x, one.y, toX, toY) };
-      svg("path", path, group);
-      if (smooth) svg("path", { class: "line", d: linePath(one.x, smoothed(one.y), toX, toY) }, group);
-    });
-    state.over = svg("g", { transform: `translate(${inner.x} ${inner.y})` }, root);
+    if (state.plot) state.plot.destroy();
+    state.plot = null;
+    state.box.replaceChildren();
+    prepare(state);
+    showTitle(state);
+    const empty = whyEmpty(state);
+    if (empty) html("div", "chart-empty", state.box, empty);
+    else state.plot = plotted(state, { moved: (plot) => moved(state, plot), selected, reset: () => choose({ view: null }) });
+    state.size = sizeOf(state);
     readOut(state);
   }
 
-  // figures under the pointer, else the newest
-  function readOut(state) {
-    const { spec, cursor } = state;
-    const first = spec.series.find((one) => one.x.length);
-    const places = spec.series.map((one) => {
-      if (!one.x.length) return -1;
-      return cursor === null ? lastKnown(one.y) : nearest(one.x, cursor);
-    });
-    const texts = spec.series.map((one, i) => (places[i] < 0 ? "–" : formatValue(one.y[places[i]], spec.format)));
-    state.title.textContent = spec.title || "";
-    state.title.title = spec.about || spec.title || "";
-    const at = first && cursor !== null ? first.x[nearest(first.x, cursor)] : null;
-    state.at.textContent = at === null ? "" : `${spec.xLabel} ${plain(at)}`;
-    const single = spec.series.length === 1;
-    state.value.textContent = single ? texts[0] : "";
-    if (state.legend.childElementCount !== (single ? 0 : spec.series.length)) state.legend.replaceChildren();
-    if (!single) {
-      spec.series.forEach((one, i) => {
-        const item = state.legend.children[i] || html("span", "legend-item", state.legend);
-        if (!item.childElementCount) {
-          html("i", "", item);
-          html("span", "name", item);
-          html("b", "", item);
-        }
-        item.children[0].className = `swatch s${(i % 8) + 1}`;
-        item.children[1].textContent = one.name;
-        item.children[2].textContent = texts[i];
-      });
+  function whyEmpty(state) {
+    const { spec, lines } = state;
+    if (!spec.series.some((one) => one.y.some(known))) return spec.empty || "nothing yet";
+    if (!lines.some((line) => line.x.length)) return `nothing is known along ${AXES[chosen.axis].title.toLowerCase()}`;
+    return lines.some((line) => line.y.some(known)) ? "" : "nothing above 0 for a logarithmic axis";
+  }
+
+  // the same chart with other figures: what is drawn stays until the new is there
+  function redraw(state) {
+    const lines = state.lines.length;
+    const scale = isLog(state) ? 3 : 1;
+    if (!state.plot || state.spec.series.length !== lines || state.plot.scales.y.distr !== scale) return draw(state);
+    prepare(state);
+    showTitle(state);
+    if (whyEmpty(state)) return draw(state);
+    quietly(() => state.plot.batch(() => state.plot.setData(state.data, true)));
+    place(state);
+    return readOut(state);
+  }
+
+  function resize(state) {
+    state.size = sizeOf(state);
+    quietly(() => state.plot.batch(() => state.plot.setSize(state.size)));
+    place(state);
+  }
+
+  function showTitle(state) {
+    const { title, about } = state.spec;
+    state.title.textContent = title || "";
+    state.title.title = about || title || "";
+    state.box.setAttribute("aria-label", `${title}. Arrow keys move along it, plus and minus zoom, Escape shows all.`);
+  }
+
+  // ---- where the reader looks: the same place in all charts
+
+  let quiet = false;
+
+  // what uPlot does to the cursor by itself moves no other chart's
+  function quietly(act) {
+    quiet = true;
+    act();
+    quiet = false;
+  }
+
+  function moved(state, plot) {
+    if (quiet) return;
+    const { left } = plot.cursor;
+    showCursor(left === null || left < 0 ? null : plot.posToVal(left, "x"));
+  }
+
+  function place({ plot, cursor }) {
+    if (plot) quietly(() => plot.setCursor({ left: cursor === null ? -10 : plot.valToPos(cursor, "x"), top: cursor === null ? -10 : 4 }));
+  }
+
+  function showCursor(x) {
+    for (const state of connected()) {
+      state.cursor = x;
+      place(state);
+      readOut(state);
     }
-    if (!state.fromX || !state.over) return;
-    state.over.replaceChildren();
-    if (at === null) return;
-    const x = state.toX(at);
-    svg("line", { class: "cursor", x1: x, x2: x, y1: 0, y2: state.inner.height }, state.over);
-    spec.series.forEach((one, i) => {
-      if (places[i] < 0 || !known(one.y[places[i]])) return;
-      const group = svg("g", { class: `s${(i % 8) + 1}` }, state.over);
-      svg("circle", { class: "dot", cx: state.toX(one.x[places[i]]), cy: state.toY(one.y[places[i]]), r: 4 }, group);
+  }
+
+  function* connected() {
+    for (const state of charts) {
+      if (state.element.isConnected) yield state;
+      else charts.delete(state);
+    }
+  }
+
+  // figures at the cursor, else the newest
+  function readOut(state) {
+    const { spec, cursor, lines } = state;
+    const away = cursor === null;
+    const at = away || !state.xs.length ? null : state.xs[nearestPlace(state.xs, cursor)];
+    const texts = lines.map((line) => {
+      const place = away ? line.y.findLastIndex(known) : line.x.length ? nearestPlace(line.x, cursor) : -1;
+      const text = formatValue(line.y[place], spec.format);
+      return line.errors && known(line.errors[place]) ? `${text} ± ${formatValue(line.errors[place], spec.format)}` : text;
+    });
+    const mark = at === null ? null : (spec.marks || []).find((one) => known(one[chosen.axis]) && state.xs[nearestPlace(state.xs, one[chosen.axis])] === at);
+    state.at.textContent = at === null ? "" : `${mark ? `${mark.label.split(",")[0]} · ` : ""}${AXES[chosen.axis].told(at)}`;
+    state.told = `${spec.title}, ${state.at.textContent || "newest"}: ${lines.map((line, i) => (lines.length > 1 ? `${line.name} ${texts[i]}` : texts[i])).join(", ")}`;
+    const single = lines.length === 1 && !lines[0].run;
+    state.value.textContent = single ? texts[0] : "";
+    showLegend(state, single ? [] : lines, texts);
+  }
+
+  function showLegend(state, lines, texts) {
+    while (state.legend.childElementCount > lines.length) state.legend.lastElementChild.remove();
+    lines.forEach((line, i) => {
+      const item = state.legend.children[i] || legendItem(state, i);
+      item.children[0].className = `swatch s${line.colour}`;
+      item.children[1].textContent = line.name;
+      item.children[2].textContent = texts[i];
+      item.setAttribute("aria-pressed", String(isShown(state, line)));
     });
   }
+
+  function legendItem(state, i) {
+    const item = html("button", "legend-item", state.legend);
+    item.type = "button";
+    item.title = "Hide or show";
+    html("i", "swatch", item);
+    html("span", "name", item);
+    html("b", "", item);
+    item.addEventListener("click", () => hide(state, state.lines[i]));
+    return item;
+  }
+
+  function hide(state, { name, run }) {
+    if (run) {
+      choose({ off: chosen.off.includes(run) ? chosen.off.filter((one) => one !== run) : [...chosen.off, run] });
+      return;
+    }
+    if (!state.off.delete(name)) state.off.add(name);
+    draw(state);
+  }
+
+  // ---- what the reader does
+
+  function selected(plot) {
+    const { left, width } = plot.select;
+    if (width < 4) return;
+    const [min, max] = [plot.posToVal(left, "x"), plot.posToVal(left + width, "x")];
+    plot.setSelect({ left: 0, top: 0, width: 0, height: 0 }, false);
+    choose({ view: { min, max } });
+  }
+
+  function touchAt(state, event) {
+    if (event.pointerType !== "touch" || !state.plot) return;
+    const left = event.clientX - state.plot.over.getBoundingClientRect().left;
+    showCursor(state.plot.posToVal(Math.min(Math.max(left, 0), state.plot.over.clientWidth), "x"));
+  }
+
+  function zoomBy(state, factor) {
+    const [min, max] = horizontalReach(state);
+    const middle = known(state.cursor) ? state.cursor : (min + max) / 2;
+    const [first, last] = wholeReach(state);
+    const view = { min: Math.max(first, middle - (middle - min) * factor), max: Math.min(last, middle + (max - middle) * factor) };
+    choose({ view: view.min <= first && view.max >= last ? null : view });
+  }
+
+  function step(state, by) {
+    const [min, max] = horizontalReach(state);
+    const xs = state.xs.filter((x) => x >= min && x <= max);
+    if (!xs.length) return;
+    const now = known(state.cursor) ? nearestPlace(xs, state.cursor) : by < 0 ? xs.length : -1;
+    showCursor(xs[Math.min(xs.length - 1, Math.max(0, now + by))]);
+    sayAloud(state.told);
+  }
+
+  function press(state, event) {
+    if (!state.plot || event.ctrlKey || event.metaKey || event.altKey) return;
+    const far = event.shiftKey ? 10 : 1;
+    const keys = {
+      ArrowLeft: () => step(state, -far),
+      ArrowRight: () => step(state, far),
+      Home: () => step(state, -Infinity),
+      End: () => step(state, Infinity),
+      "+": () => zoomBy(state, 0.5),
+      "=": () => zoomBy(state, 0.5),
+      "-": () => zoomBy(state, 2),
+      l: () => toggleLog(state),
+      Escape: () => { showCursor(null); choose({ view: null }); },
+    };
+    if (!keys[event.key]) return;
+    event.preventDefault();
+    keys[event.key]();
+  }
+
+  function sayAloud(text) {
+    if (!aloud) {
+      aloud = html("p", "aloud", document.body);
+      aloud.setAttribute("aria-live", "polite");
+    }
+    aloud.textContent = text;
+  }
+
+  function toggleLog(state) {
+    const { key } = state.spec;
+    choose({ log: isLog(state) ? chosen.log.filter((one) => one !== key) : [...chosen.log, key] });
+  }
+
+  function enlarge(state) {
+    state.element.classList.toggle("large");
+    if (state.plot) resize(state);
+  }
+
+  // ---- all charts
+
+  // those before the reader at once, the others when there is time: a slider waits for what is seen only
+  let next = 0;
+
+  function drawStale(all) {
+    const { innerHeight: height } = window;
+    for (const state of connected()) {
+      if (!state.stale) continue;
+      const { top, bottom } = state.element.getBoundingClientRect();
+      if (!all && (bottom < 0 || top > height)) continue;
+      const how = state.stale;
+      state.stale = null;
+      how(state);
+      if (all === "one") return;
+    }
+  }
+
+  function drawRest() {
+    drawStale("one");
+    next = [...connected()].some(({ stale }) => stale) ? setTimeout(drawRest) : 0;
+  }
+
+  function drawAll(how) {
+    for (const state of connected()) state.stale = state.stale === draw ? draw : how;
+    clearTimeout(next);
+    cancelAnimationFrame(next);
+    next = requestAnimationFrame(() => {
+      drawStale(false);
+      next = setTimeout(drawRest, 40);
+    });
+  }
+
+  chartSettings.listen((changes) => {
+    if ("theme" in changes) forgetColours();
+    drawAll("smoothing" in changes || "view" in changes ? redraw : draw);
+  });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { forgetColours(); drawAll(draw); });
+  addEventListener("scroll", () => drawStale(false), { passive: true });
+  // paper is light
+  function drawForPaper(theme) {
+    if (theme) document.documentElement.dataset.theme = theme;
+    else chartSettings.choose({});
+    forgetColours();
+    drawAll(draw);
+    drawStale(true);
+  }
+  addEventListener("beforeprint", () => drawForPaper("light"));
+  addEventListener("afterprint", () => drawForPaper(""));
 
   function troupeChart(element, spec) {
     const state = states.get(element) || build(element);
     charts.add(state);
+    element.troupeChart = state;
     const update = (other) => {
-      state.spec = { xLabel: "step", ...other, series: other.series || [] };
-      draw(state);
+      const first = !state.spec;
+      state.spec = { key: "", ...other, series: other.series || [] };
+      if (first) draw(state);
+      else redraw(state);
     };
     update(spec);
     return { update };
@@ -281,3 +318,18 @@
 
   window.troupeChart = troupeChart;
 })();
+
+// Every element with data-chart="N" gets the chart N of the data, as records/report/page.py puts it beside the page, and
+// an element .chart-tools the bar for all of them. Returns how many were drawn.
+function drawCharts(data) {
+  const elements = document.querySelectorAll("[data-chart]");
+  const there = Object.keys(AXES).filter((axis) => data.axes.some((table) => table[axis] && table[axis].some(known)));
+  if (!there.includes(chartSettings.values.axis)) chartSettings.values.axis = "step";
+  for (const bar of document.querySelectorAll(".chart-tools")) chartTools(bar, there);
+  for (const element of elements) {
+    const spec = data.charts[Number(element.dataset.chart)];
+    const series = spec.series.map((one) => ({ ...one, x: data.axes[one.axes || 0] }));
+    troupeChart(element, { ...spec, series, marks: data.marks });
+  }
+  return elements.length;
+}

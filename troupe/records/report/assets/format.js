@@ -40,6 +40,27 @@ function gigabytes(v) {
   return Math.abs(v) < 1 ? `${trim((1000 * v).toPrecision(3))} MB` : `${trim(v.toPrecision(3))} GB`;
 }
 
+// Along what charts are drawn: the word of an axis, a place on it as text, and a tick, of which the first has the word.
+// unit: what its ticks are round numbers of; least: where it begins, else with the first value.
+const AXES = {
+  step: { title: "Step", told: (v) => `step ${plain(v)}`, tick: plain, unit: () => 1, whole: true },
+  time: { title: "Time", told: (v) => `after ${seconds(v)}`, tick: timeTick, unit: timeUnit, least: 0 },
+  tokens: { title: "Tokens", told: (v) => `${compact(v)} tokens`, tick: compact, unit: () => 1, whole: true, least: 0 },
+};
+const UNITS = { 1: "s", 60: "min", 3600: "h", 86400: "d" };
+
+function timeUnit(longest) {
+  return [86400, 3600, 60].find((unit) => longest >= 3 * unit) || 1;
+}
+
+function timeTick(v, unit) {
+  return v === 0 ? "0" : `${trim((v / unit).toFixed(2))} ${UNITS[unit]}`;
+}
+
+function compact(v) {
+  return new Intl.NumberFormat("en-US", { notation: "compact", maximumSignificantDigits: 4 }).format(v);
+}
+
 function formatValue(value, format) {
   return known(value) ? (FORMATS[format] || plain)(value) : "–";
 }

@@ -3,13 +3,8 @@
 
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
-  let drawn = 0;
-  for (const element of document.querySelectorAll("[data-chart]")) {
-    const spec = data.charts[Number(element.dataset.chart)];
-    const series = spec.series.map((one) => ({ ...one, x: data.x }));
-    troupeChart(element, { ...spec, series, marks: data.marks });
-    drawn += 1;
-  }
+  for (const button of document.querySelectorAll(".theme-switch")) themeSwitch(button);
+  let drawn = drawCharts(data);
   for (const element of document.querySelectorAll("[data-bars]")) {
     const rows = data.bars[element.dataset.bars];
     const sums = rows.map((row) => row.parts.reduce((sum, part) => sum + (part.value || 0), 0));
@@ -17,5 +12,6 @@
     troupeBars(element, { rows, total: shares ? 1 : Math.max(...sums), format: shares ? "percent" : "seconds" });
     drawn += 1;
   }
+  if (at("completions")) troupeCompletions(at("completions"), embeddedCompletions(data.completions));
   document.body.dataset.drawn = String(drawn);
 })();

@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+from troupe.records.held_out import HeldOut, most_telling
+
+
+def test_a_set_is_told_by_its_accuracy_or_by_its_mean_over_most_samples() -> None:
+    figures = {"avg@1": 0.1, "avg@8": 0.2, "avg@8_se": 0.0, "pass@8": 0.9, "length": 9.0}
+    assert most_telling(figures) == "avg@8"
+    assert most_telling(figures | {"accuracy": 0.5}) == "accuracy"
+    assert most_telling({"length": 9.0, "length_se": 1.0}) == "length"
+    assert most_telling({}) is None
+
+
+def test_first_newest_and_best_of_each_set() -> None:
+    held_out = HeldOut()
+    for version, accuracy in ((0, 0.34), (50, 0.98), (100, 0.975)):
+        held_out.add(version, "sums", {"eval/sums/accuracy": accuracy, "eval/sums/accuracy_se": 0.01})
+        held_out.add(version, "sums-2", {"eval/sums-2/avg@4": -accuracy})
+    held_out.add(100, "none", {})
+    assert {name: str(standing) for name, standing in held_out.sets.items()} == {
+        "sums": "accuracy 34.0% → 97.5% ± 1.0% at step 100, best 98.0% at step 50",
+        "sums-2": "avg@4 -0.340 → -0.975 at step 100, best -0.340 at step 0",
+    }
+
+
+def test_a_version_that_is_told_of_twice_counts_once() -> None:
+    held_out = HeldOut()
+    for accuracy in (0.5, 0.25):
+        held_out.add(10, "sums", {"eval/sums/accuracy": accuracy})
+    assert str(held_out.sets["sums"]) == "accuracy 25.0% at step 10"

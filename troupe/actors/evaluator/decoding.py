@@ -1,0 +1,144 @@
+"""Who completes the rows of a set, on the generator's device: together, between what is generated for training."""
+
+from collections.abc import Callable, Iterable, Sequence
+from hashlib import blake2b
+from typing import Protocol
+
+import msgspec
+
+from troupe.actors.evaluator.settings import EvaluationSet
+from troupe.actors.generator.parts import key_of
+from troupe.actors.learner.batch import as_rollouts
+from troupe.dataset import PromptDataset
+from troupe.messages import Evaluate, Prompt, PromptText, RolloutGroup, Slot
+from troupe.policy import CompletedGroup, RolloutEngine, RolloutRequest
+from troupe.rewards import RewardManager
+from troupe.runtime.device import DeviceThread
+from troupe.runtime.reporter import Reporter
+
+_AT_ONCE = 128
+"""Completions that are decoded together: how long training may have to wait for the device."""
+_ROWS, _SETS = 2**32, 2**10
+
+
+class EvalSet(msgspec.Struct, frozen=True, kw_only=True):
+    """A set of rows that can be evaluated."""
+
+    settings: EvaluationSet
+    dataset: PromptDataset
+    prompt_ids: Sequence[tuple[int, ...]]
+    rewards: RewardManager
+    has_own_rewards: bool = False
+    """Whether these are to be started and stopped for it alone."""
+
+    @property
+    def name(self) -> str:
+        """In metrics: `eval/NAME/…`."""
+        return self.settings.name
+
+    @property
+    def figures(self) -> list[str]:
+        """Names of the metrics that it may have."""
+        return self.settings.metrics(self.rewards.names, answers="answer" in self.dataset.columns)
+
+
+class RowPrompts:
+    """The rows of a set as prompts, in pieces whose make-up follows from the set alone.
+
+    Gids and steps are below 0, as those of no group of training, and gids unlike those of other versions and sets. The
+    noise of a sample follows from the run's seed, the set's name, row and sample: all versions have the same.
+    """
+
+    def __init__(self, of: EvalSet, number: int, opened: Callable[[PromptText, Sequence[int]], str]) -> None:
+        """`number`: of the set. `opened`: what a prompt opens of the thoughts."""
+        self._of, self._number, self._opened = of, number, opened
+        self._stream = int.from_bytes(blake2b(of.name.encode(), digest_size=6).digest())
+
+    def pieces(self, version: int) -> list[list[Prompt]]:
+        """All rows, those together that are decoded together."""
+        places = pieces(len(self._of.dataset), self._of.settings.num_samples)
+        return [[self._prompt(row, version) for row in rows] for rows in places]
+
+    def _prompt(self, place: int, version: int) -> Prompt:
+        row, ids = self._of.dataset[place], self._of.prompt_ids[place]
+        return Prompt(
+            gid=-1 - ((version * _SETS + self._number) * _ROWS + place),
+            slot=Slot(step=-1, place=place, attempt=self._stream),
+            epoch=0,
+            row=place,
+            prompt=row.prompt,
+            prompt_ids=ids,
+            columns=row.columns,
+            opened=self._opened(row.prompt, ids),
+        )
+
+
+def pieces(rows: int, num_samples: int) -> list[range]:
+    """The rows of a set that are decoded together."""
+    size = max(1, _AT_ONCE // num_samples)
+    return [range(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def row_of(gid: int) -> int:
+    """The row of a group that was evaluated."""
+    return (-1 - gid) % _ROWS if gid < 0 else gid
+
+
+class Decoder(Protocol):
+    """Completes the rows of one set."""
+
+    async def complete(
+        self, prompts: Sequence[Prompt], message: Evaluate, on_row: Callable[[], None]
+    ) -> list[RolloutGroup]:
+        """A piece, with the weights of the message → its groups, in order. `on_row` is called with every group that is
+        complete, from any thread."""
+
+    def forget(self, groups: Sequence[RolloutGroup]) -> None:
+        """They were scored."""
+
+
+class CompletionDecoder:
+    """Completes each row once by itself."""
+
+    def __init__(
+        self,
+        engine: Callable[[], RolloutEngine],
+        device: DeviceThread,
+        *,
+        seed: int,
+        decode_text: Callable[[Sequence[int]], str],
+        report: Reporter,
+    ) -> None:
+        self._make_engine, self._device, self._report = engine, device, report
+        self._engine: RolloutEngine | None = None
+        self._seed, self._decode_text = seed, decode_text
+
+    async def complete(
+        self, prompts: Sequence[Prompt], message: Evaluate, on_row: Callable[[], None]
+    ) -> list[RolloutGroup]:
+        """As of `Decoder`."""
+        if self._engine is None:
+            self._engine = await self._device.run(self._make_engine, plain=True)
+        engine = self._engine
+        requests = [RolloutRequest(prompt_ids=each.prompt_ids, key=key_of(self._seed, each.slot)) for each in prompts]
+
+        def decode(decoding: Iterable[list[CompletedGroup]]) -> list[RolloutGroup]:
+            groups: dict[int, RolloutGroup] = {}
+            for completed in decoding:
+                for group in completed:
+                    prompt, rollouts = prompts[group.index], as_rollouts(group, self._decode_text)
+                    groups[group.index] = RolloutGroup(prompt=prompt, rollouts=rollouts)
+                    on_row()
+            return [groups[index] for index in sorted(groups)]
+
+        async with self._device.turn(self._report, hurried=False, step=message.version):
+            with self._report.span("generate", step=message.version):
+                engine.load(message.weights, message.version)
+                try:
+                    decoding = engine.decode_lists(requests)
+                    return await self._device.run(decode, decoding, on_cancel=engine.abort, plain=True)
+                finally:
+                    engine.release()
+
+    def forget(self, groups: Sequence[RolloutGroup]) -> None:
+        """Nothing is kept."""

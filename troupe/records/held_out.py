@@ -1,0 +1,77 @@
+"""How evaluations stand: of each set the figure that says most, first, now and at its best, in a line for a person."""
+
+from collections.abc import Mapping
+
+import msgspec
+
+from troupe.messages.evaluations import HELD_OUT
+from troupe.runtime.terminal import arrows, one_line
+
+_PREFIX = "eval/"
+_ERROR = "_se"
+_MOST_TELLING = ("accuracy", "avg@")
+"""Beginnings of figures' names; a set is told by the first of them that it has, of several by the last."""
+_SHARES = ("accuracy", "pass@", "maj@")
+"""Those that are parts of 1."""
+
+
+class SetStanding(msgspec.Struct, frozen=True, kw_only=True):
+    """One set so far."""
+
+    figure: str
+    """What stands after `eval/NAME/`."""
+    values: Mapping[int, float] = {}
+    """Version → its value, in the order in which they were told."""
+    error: float | None = None
+    """Standard error of the newest."""
+
+    @property
+    def is_share(self) -> bool:
+        """Whether it is a part of 1."""
+        return self.figure.startswith(_SHARES)
+
+    def __str__(self) -> str:
+        def told(value: float) -> str:
+            return f"{value:.1%}" if self.is_share else f"{value:.3f}"
+
+        versions = list(self.values)
+        first, newest = versions[0], versions[-1]
+        error = "" if self.error is None else f" ± {told(self.error)}"
+        line = f"{told(self.values[newest])}{error} at step {newest:,}"
+        if first == newest:
+            return f"{self.figure} {line}"
+        best = max(self.values, key=lambda version: self.values[version])
+        return f"{self.figure} {told(self.values[first])} → {line}, best {told(self.values[best])} at step {best:,}"
+
+
+class HeldOut:
+    """Takes the figures of evaluations, in the order of versions. May be read while it takes some."""
+
+    def __init__(self) -> None:
+        self.sets: Mapping[str, SetStanding] = {}
+
+    def add(self, version: int, name: str, metrics: Mapping[str, float]) -> None:
+        """The figures `eval/NAME/…` of one set with one version."""
+        figures = {key.removeprefix(f"{_PREFIX}{name}/"): value for key, value in metrics.items()}
+        before = self.sets.get(name)
+        figure = most_telling(figures) if before is None else before.figure
+        if figure is None or figure not in figures:
+            return
+        values = {**({} if before is None else before.values), version: figures[figure]}
+        standing = SetStanding(figure=figure, values=values, error=figures.get(figure + _ERROR))
+        self.sets = {**self.sets, name: standing}
+
+    def lines(self, encoding: str = "utf-8") -> list[tuple[str, str]]:
+        """(name, in words) of each set; of one that is alone with the rows of `data.eval_path` without its name."""
+        sets = self.sets
+        names = [""] if list(sets) == [HELD_OUT] else [one_line(name, encoding) for name in sets]
+        return [(name, arrows(str(standing), encoding)) for name, standing in zip(names, sets.values(), strict=True)]
+
+
+def most_telling(figures: Mapping[str, float]) -> str | None:
+    """The figure that a set is told by; None where there is none."""
+    names = [name for name in figures if not name.endswith(_ERROR)]
+    for beginning in _MOST_TELLING:
+        if found := [name for name in names if name.startswith(beginning)]:
+            return found[-1]
+    return names[0] if names else None

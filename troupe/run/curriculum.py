@@ -1,0 +1,42 @@
+"""The curriculum that a run's config asks for, and what to tell of it."""
+
+from troupe.actors.curriculum import Curriculum
+from troupe.dataset import CurriculumConfig, PromptDataset
+from troupe.errors import ConfigError
+from troupe.rewards import RewardManager
+from troupe.run.config import RunConfig
+
+_SEEN = 1.5
+"""Prompts drawn a row, from which on a curriculum has something to go by."""
+
+
+def curriculum_for(config: RunConfig, dataset: PromptDataset, rewards: RewardManager) -> Curriculum | None:
+    """What chooses the rows; None where each epoch has all of them. ConfigError for a reward that there is not."""
+    settings, learner, schedule = config.curriculum, config.learner, config.schedule
+    if not settings.enabled:
+        return None
+    if settings.reward is not None and settings.reward not in rewards.names:
+        names = ", ".join(rewards.names)
+        raise ConfigError(f"curriculum.reward is {settings.reward!r}, but the run's rewards are {names}; name one")
+    return Curriculum(
+        settings,
+        dataset,
+        batch_size=learner.batch_size,
+        seed=config.seed,
+        shuffle=config.data.shuffle,
+        ahead=schedule.max_staleness if schedule.mode == "pinned" else None,
+        attempts=learner.max_resampling_attempts if learner.dynamic_sampling else 0,
+    )
+
+
+def curriculum_notices(settings: CurriculumConfig, *, rows: int, prompts: int) -> list[str]:
+    """What the user should know. `rows`: of the dataset; `prompts`: that all steps of the run draw."""
+    if not settings.enabled:
+        idle = settings != CurriculumConfig()
+        return ["the section [curriculum] does nothing as long as curriculum.enabled is false"] if idle else []
+    if prompts >= _SEEN * rows:
+        return []
+    return [
+        f"the run draws {prompts:,} prompts of {rows:,} rows, so most are seen once at most and the curriculum has "
+        "little to go by; learner.dynamic_sampling replaces what teaches nothing at once"
+    ]
