@@ -28,7 +28,6 @@ from troupe.policy import (
     AdapterConfig,
     Base,
     GenerationConfig,
-    NetworkConfig,
     Policy,
     RolloutEngine,
     RolloutRequest,
@@ -38,20 +37,11 @@ from troupe.policy import (
 )
 from troupe.policy.adapter.modules import init_adapter, resolve_adapter
 from troupe.policy.decode.memory import decoding_adapter_bytes
+from troupe.run.measure.work import SMALL
 
 import mlx.core as mx  # isort: skip
 
-TINY = NetworkConfig(
-    vocab_size=4096,
-    hidden_size=256,
-    intermediate_size=768,
-    num_hidden_layers=8,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    head_dim=64,
-    max_position_embeddings=1024,
-    tie_word_embeddings=True,
-)
+TINY = SMALL.policy
 
 
 def arguments(doc: str | None) -> argparse.ArgumentParser:

@@ -26,6 +26,7 @@ MACHINE = Machine(
     memory_gb=16.25,
     memory_limit_gb=None,
     matmul_gflops=1234.5,
+    measurement="none",
     advice=(),
 )
 
@@ -41,13 +42,15 @@ def test_the_report_as_lines() -> None:
         "memory               16.2 GB",
         "limit of a run       none",
         "measured             1,234 GFLOP/s, float32, on the default device",
+        "file of figures      none",
         "nothing to mend",
     ]
     ill = msgspec.structs.replace(MACHINE, memory_gb=None, memory_limit_gb=11.84, advice=("a", "b"))
-    assert describe(ill).splitlines()[-5:] == [
+    assert describe(ill).splitlines()[-6:] == [
         "memory               unknown",
         "limit of a run       11.8 GB (memory_limit_gb)",
         "measured             1,234 GFLOP/s, float32, on the default device",
+        "file of figures      none",
         "to mend: a",
         "to mend: b",
     ]

@@ -1,20 +1,30 @@
 """`troupe doctor`: what this machine gives to MLX, what is slow about it, and how to mend it."""
 
+from __future__ import annotations
+
 import os
 import platform
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import anyio
 import click
 import msgspec
 
 from troupe.cli.commands import fail, report_errors
+from troupe.run.measure.figures import LONGEST_S, check_writable, machine_file, read_measurement, write_measurement
 from troupe.runtime import linux_cpu
+from troupe.runtime.files import expanded
 from troupe.runtime.machine import device_name, memory_gb, missing_backend, processors
 from troupe.runtime.terminal import EXIT_BAD_INPUT, tell, tell_json, tell_rows
+
+if TYPE_CHECKING:
+    from troupe.run.measure.work import Size
 
 _SLOW_GFLOPS = 20.0
 _SIZE, _REPEATS = 768, 5
@@ -24,12 +34,24 @@ _NO_TOOLKIT = "no CUDA toolkit found: MLX compiles some kernels with it; install
 
 @click.command(name="doctor", short_help="Tell what this machine gives, and lacks.")
 @click.option("--fits", is_flag=True, help="Tell which model fits which memory instead, by formula.")
+@click.option(
+    "--measure",
+    metavar="[FILE]",
+    is_flag=False,
+    flag_value="",
+    help="Measure it within three minutes, into a JSON file; without FILE into the one in the user's folder.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @report_errors
-def doctor(*, fits: bool, as_json: bool) -> None:
+def doctor(*, fits: bool, measure: str | None, as_json: bool) -> None:
     """Tell what this machine gives, what is slow, and how to mend it."""
+    if fits and measure is not None:
+        raise click.UsageError("--fits and --measure are two questions; ask one")
     if fits:
         tell_fits(as_json=as_json)
+        return
+    if measure is not None:
+        tell_measured(expanded(measure) if measure else machine_file(), as_json=as_json)
         return
     report = examine()
     if as_json:
@@ -54,6 +76,31 @@ def tell_fits(*, as_json: bool) -> None:
     tell(describe_fits(fits))
 
 
+def tell_measured(path: Path, *, as_json: bool, size: Size | None = None, longest_s: float = LONGEST_S) -> None:
+    """Measure this machine, write the file, and print a table. `size`: what to measure with; None chooses. InputError
+    where the file cannot be written, before anything is measured."""
+    check_writable(path)
+    try:
+        from troupe.run.measure.machine import measure_machine  # here, since it needs MLX
+        from troupe.run.measure.table import describe as describe_figures
+    except ImportError as error:
+        if (reason := missing_backend(error)) is None:
+            raise
+        fail(reason, EXIT_BAD_INPUT)
+
+    def say(what: str) -> None:
+        tell(f"measuring {what}", error=True)
+
+    tell(f"this takes {longest_s / 60:.0f} minutes at the most; let nothing else run meanwhile", error=True)
+    measurement = anyio.run(partial(measure_machine, say, size=size, longest_s=longest_s))
+    write_measurement(path, measurement)
+    if as_json:
+        tell_json(msgspec.json.encode(measurement).decode())
+    else:
+        tell(describe_figures(measurement))
+    tell(f"written to {path}", error=True)
+
+
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
     """One machine as MLX sees it."""
 
@@ -72,6 +119,8 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     """What a run's arrays may take where `memory_limit_gb` names nothing else; None is no limit."""
     matmul_gflops: float | None
     """Measured: float32 products of 768 × 768 matrices on the default device; None where MLX cannot be imported."""
+    measurement: str
+    """What the file of `--measure` in the user's folder is, in words."""
     advice: tuple[str, ...]
     """What to mend, one line each; empty where nothing is amiss."""
 
@@ -105,8 +154,18 @@ def examine() -> Machine:
         memory_gb=memory_gb(),
         memory_limit_gb=limit_gb,
         matmul_gflops=None if gflops is None else round(gflops, 1),
+        measurement=_of_file(machine_file(), with_mlx=gflops is not None),
         advice=tuple(advice),
     )
+
+
+def _of_file(path: Path, *, with_mlx: bool) -> str:
+    measurement = read_measurement(path)
+    if measurement is None:
+        return f"none (troupe doctor --measure writes {path})"
+    if with_mlx and measurement.is_of_this_machine:
+        return f"{path}, of {measurement.made}"
+    return f"{path}, which is of another machine or MLX and does not count; measure again: troupe doctor --measure"
 
 
 def advise(gflops: float, *, on_cpu: bool, known: Callable[[], list[str]] = linux_cpu.advice) -> list[str]:
@@ -143,6 +202,7 @@ def describe(machine: Machine) -> str:
         ("memory", memory),
         ("limit of a run", limit),
         ("measured", measured),
+        ("file of figures", machine.measurement),
     ]
     lines = [f"{label:<20} {value}" for label, value in rows]
     lines += [f"to mend: {line}" for line in machine.advice] or ["nothing to mend"]

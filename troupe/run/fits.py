@@ -12,7 +12,7 @@ import msgspec
 
 from troupe.checkpoint import CheckpointConfig
 from troupe.grpo import LearnerConfig
-from troupe.policy import PRESETS, AdapterConfig, GenerationConfig
+from troupe.policy import PRESETS, AdapterConfig, GenerationConfig, parameter_count
 from troupe.policy.adapter.modules import resolve_adapter
 from troupe.policy.network.quantization import Quantization, Quantized
 from troupe.run.config import RunConfig
@@ -65,6 +65,16 @@ def predict_fits() -> Fits:
         share=share,
         rows=tuple(_fit(model, way, share) for model in PRESETS for way in WAYS),
     )
+
+
+def largest_fitting(fits: Fits, limit_gb: float) -> dict[str, str | None]:
+    """Way of training → the largest model whose peak leaves a run's reserve of so many 10⁹ bytes; None: none does."""
+    size = {name: parameter_count(policy) for name, policy in PRESETS.items()}
+    found: dict[str, str | None] = {}
+    for way in WAYS:
+        fitting = [each.model for each in fits.rows if each.way == way and each.peak_gb <= (1.0 - RESERVE) * limit_gb]
+        found[way] = max(fitting, key=lambda name: size[name], default=None)
+    return found
 
 
 def table(fits: Fits) -> str:

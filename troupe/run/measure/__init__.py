@@ -1,0 +1,1 @@
+"""What a machine gives, measured within minutes, and the file that holds it."""
