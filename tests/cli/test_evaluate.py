@@ -103,6 +103,16 @@ def test_two_models_in_one_object_and_a_file_that_is_gone_on_with(desk: Path) ->
     assert text[1].startswith("model")
 
 
+def test_a_prompt_that_is_too_long_for_the_second_model_is_told_before_the_first_is_asked(desk: Path) -> None:
+    config = desk / "models" / "b" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 9}))
+    Path("long.jsonl").write_text(json.dumps({"prompt": "x" * 9, "n": 1}) + "\n")
+    result = call("eval", "-m", "models/a", "-m", "models/b", "-d", "long.jsonl", "--reward", "r.py:f", "--jsonl", "c")
+    assert result.exit_code == 2
+    assert "has 9 tokens, at most 8" in result.stderr
+    assert not Path("c").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [

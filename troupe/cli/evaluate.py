@@ -30,7 +30,7 @@ from troupe.records.compare.settings import short_names
 from troupe.records.sinks.display import clock_time
 from troupe.run.aliases import describe_meaning, ours_for
 from troupe.run.config import RunConfig, known_keys, layered, load_config, settings_layers
-from troupe.run.evaluate import Questions, answer, ask
+from troupe.run.evaluate import Questions, answer, ask, check_model
 from troupe.run.evaluation_file import EvaluationFile, identity_of
 from troupe.run.status import Progress
 from troupe.runtime.files import expanded
@@ -230,6 +230,8 @@ async def _evaluate(
 ) -> list[Evaluated]:
     """One model after the other, so that only one is in memory."""
     questions = await asking()
+    for model in models if len(models) > 1 else ():
+        check_model(model.path, questions, model.adapter)
     identity = identity_of([(model.path, model.adapter) for model in models], questions, dtype)
     file = None if path is None else EvaluationFile(path, [model.name for model in models], questions, identity)
     found = []
