@@ -328,9 +328,8 @@ class Display:
             return []
         text = one_line(in_a_line(self._findings, self._folder)[:_MOST_TEXT], self._encoding)
         title = one_line(self._findings[0].title, self._encoding)
-        return told(
-            "diagnosis", title, text.removeprefix(title).removeprefix(": "), width, 2 if width >= _NARROW else 4
-        )
+        most = 2 if width >= _WIDE else 3 if width >= _NARROW else 5
+        return told("diagnosis", title, text.removeprefix(title).removeprefix(": "), width, most)
 
 
 def _figures(heading: str, metrics: Mapping[str, float]) -> Sequence[tuple[str, str]]:
