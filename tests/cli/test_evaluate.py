@@ -9,10 +9,14 @@ from typing import Any
 
 import pytest
 
+from tests.records.sinks.steps import evaluated
 from tests.support.fakes import write_ragged_model
 from tests.support.runs import call, done
+from troupe.cli.checkpoints import checkpoint_named
 from troupe.cli.evaluation_lines import Evaluated, comparison_lines, figures_shown, lines_of_many, rows_that_differ
+from troupe.errors import InputError
 from troupe.messages import EvaluatedRow, EvaluatedSample
+from troupe.records.evaluations import write_evaluations
 from troupe.rewards.estimates import figures
 from troupe.run.evaluate import Evaluation
 
@@ -43,10 +47,10 @@ SECOND = of_scores("b", [[1.0, 0.0], [1.0, 1.0], [0.0, 0.0], [1.0, 1.0]])
 
 def test_models_are_lines_of_a_table_and_compared_with_the_first() -> None:
     shown = figures_shown(SECOND.found, asked=False)
-    assert shown == ["avg@2", "pass@1", "pass@2", "right", "length", "clipped"]
+    assert shown == ["avg@2", "pass@1", "pass@2", "length", "clipped"]
     assert "missing" in figures_shown(FIRST.found, asked=False)
     text = list(lines_of_many([FIRST, SECOND], shown, 200))
-    titles = "model  avg@2  pass@1  pass@2  right  tokens a completion  cut at the limit  seconds"
+    titles = "model  avg@2  pass@1  pass@2  tokens a completion  cut at the limit  seconds"
     assert re.split(r" {2,}", text[0]) == titles.split("  ")
     assert text[1].split()[:4] == ["a", "0.5000", "±", "0.2887"]
     assert text[3:] == [
@@ -99,6 +103,16 @@ def test_two_models_in_one_object_and_a_file_that_is_gone_on_with(desk: Path) ->
     assert text[1].startswith("model")
 
 
+def test_a_prompt_that_is_too_long_for_the_second_model_is_told_before_the_first_is_asked(desk: Path) -> None:
+    config = desk / "models" / "b" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 9}))
+    Path("long.jsonl").write_text(json.dumps({"prompt": "x" * 9, "n": 1}) + "\n")
+    result = call("eval", "-m", "models/a", "-m", "models/b", "-d", "long.jsonl", "--reward", "r.py:f", "--jsonl", "c")
+    assert result.exit_code == 2
+    assert "has 9 tokens, at most 8" in result.stderr
+    assert not Path("c").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -116,3 +130,24 @@ def test_two_models_in_one_object_and_a_file_that_is_gone_on_with(desk: Path) ->
 def test_what_cannot_be_is_refused_before_work_begins(desk: Path, flags: tuple[str, ...], said: str) -> None:
     result = call("eval", "-d", "p.jsonl", "--reward", "r.py:f", *flags)
     assert (result.exit_code, said in result.stderr) == (2, True)
+
+
+def test_a_checkpoint_is_named_by_its_run_and_step_or_as_its_best(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for step in (4, 8, 12):
+        folder = run / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "MANIFEST.json").touch()
+        (folder / "state.json").write_text(json.dumps({"metrics": {"reward": float(step == 8)}}))
+    (run / "run.toml").write_text('[model]\npath = "m"\n[data]\npath = "d.json"\n')
+    assert checkpoint_named(f"{run}@12") == run / "checkpoints" / "step-00000012"
+    assert checkpoint_named(f"{run}@best") == run / "checkpoints" / "step-00000008"
+    with (run / "run.toml").open("a") as file:
+        file.write('[checkpoint]\nmetric_for_best = "eval/held_out/avg@1"\n')
+    write_evaluations(run, [evaluated(4, 0.75), evaluated(8, 0.5)])
+    assert checkpoint_named(f"{run}@best") == run / "checkpoints" / "step-00000004"
+    for name in (f"{run}@7", f"{run}@last"):
+        with pytest.raises(InputError, match=r"there is no such checkpoint; .*run has 4, 8, 12, or write @best"):
+            checkpoint_named(name)
+    assert checkpoint_named(str(run)) is None
+    assert checkpoint_named("someone@home/model") is None

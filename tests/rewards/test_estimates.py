@@ -84,6 +84,8 @@ def test_pass_at_k_is_the_share_of_subsets_in_which_one_passes_and_stays_exact_f
         (r"<think>\boxed{9}</think> so \boxed{1} or \boxed{\frac{1}{2}}", r"\frac{1}{2}"),
         ("it is <answer> 42 </answer>", "42"),
         ("6 * 7 = 42\n#### 1,042.0", "1042"),
+        ("<answer>1</answer> no, <answer>2</answer> <answer>", "2"),
+        ("<answer>" * 10**5, "<answer>" * 10**5),
         (" Paris ", "Paris"),
         ("$0.50$", "1/2"),
         ("", ""),

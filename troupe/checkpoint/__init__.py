@@ -18,6 +18,7 @@ waits beside it under `.replaced-NAME`, where reading finds it after a crash.
 
 from troupe.checkpoint.keep import (
     Pruned,
+    best_checkpoint,
     checkpoint_folder,
     clear_leftovers,
     list_checkpoints,
@@ -37,6 +38,7 @@ __all__ = [
     "Pruned",
     "RewardState",
     "RunState",
+    "best_checkpoint",
     "checkpoint_folder",
     "clear_leftovers",
     "list_checkpoints",

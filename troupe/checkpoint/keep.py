@@ -85,6 +85,13 @@ def prune_checkpoints(
     return Pruned(removed=tuple(sorted(removed)), faults=tuple(faults))
 
 
+def best_checkpoint(run: Path, config: CheckpointConfig, judged: Mapping[int, float] | None = None) -> Path | None:
+    """The finished checkpoint whose metric is best; `judged` as of `prune_checkpoints`. RunError as above."""
+    found = _list_finished(run)
+    best = _best_version(found, config, judged)
+    return None if best is None else found[best]
+
+
 def clear_leftovers(run: Path) -> None:
     """Remove what interrupted writes have left, as far as that is possible: it may take the room that is needed."""
     for folder in _step_folders(run):

@@ -9,7 +9,7 @@ import msgspec
 
 from troupe.cli.commands import Number, report_errors
 from troupe.cli.report import ask_status
-from troupe.cli.tables import Column, lines_width, screen_width, table
+from troupe.cli.tables import ANY_WIDTH, Column, lines_width, screen_width, table
 from troupe.records.compare.held_out import paired
 from troupe.records.compare.listing import runs_meant
 from troupe.records.compare.runs import RunComparison, read_runs
@@ -95,14 +95,16 @@ def _settings(found: RunComparison, width: int) -> Iterator[str]:
 
 
 def _held_out(one: HeldOutTable, width: int) -> Iterator[str]:
-    """Each run's figures on a set, and how it differs from the first run that was asked it."""
+    """Each run's figures on a set, and below how it differs from the first run that was asked it."""
     columns = [
         Column("run"),
-        Column("version", right=True, goes=2),
-        *(Column(figure, right=True, goes=0 if at == 0 else 2 + at) for at, figure in enumerate(one.figures)),
-        Column(f"against {one.base}", goes=1, most=130),
+        Column("version", right=True, goes=1),
+        *(Column(figure, right=True, goes=0 if at == 0 else 1 + at) for at, figure in enumerate(one.figures)),
     ]
-    yield from table(columns, [[run, version, *figures, told] for run, version, figures, told in one.rows], width)
+    yield from table(columns, [[run, version, *figures] for run, version, figures, _ in one.rows], width)
+    if one.is_paired:
+        told = [[run, against] for run, _, _, against in one.rows if against]
+        yield from table([Column(f"against {one.base}"), Column("", most=200)], told, ANY_WIDTH)
 
 
 def as_builtins(found: RunComparison) -> dict[str, Any]:

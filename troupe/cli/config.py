@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from troupe.cli.checkpoints import checkpoint_named
 from troupe.cli.demo import DEMO_CONFIG
 from troupe.errors import InputError, ModelError
 from troupe.policy.adapter.files import base_named_in, is_adapter_folder
@@ -131,9 +132,11 @@ def _mentions(message: str, text: str) -> bool:
 
 
 def find_model(model: str | None) -> str:
-    """What `-m` names: a model, that of a run, or without it the demo's."""
+    """What `-m` names: a model, that of a run or of its checkpoint (RUN@STEP, RUN@best), or without it the demo's."""
     if model is None:
         return str(load_config(DEMO_CONFIG).model.path)
+    if (checkpoint := checkpoint_named(model)) is not None:
+        return str(checkpoint)
     tell_policy_of_run(model)
     return str(policy_folder(expanded(model)))
 

@@ -30,7 +30,7 @@ from troupe.records.compare.settings import short_names
 from troupe.records.sinks.display import clock_time
 from troupe.run.aliases import describe_meaning, ours_for
 from troupe.run.config import RunConfig, known_keys, layered, load_config, settings_layers
-from troupe.run.evaluate import Questions, answer, ask
+from troupe.run.evaluate import Questions, answer, ask, check_model
 from troupe.run.evaluation_file import EvaluationFile, identity_of
 from troupe.run.status import Progress
 from troupe.runtime.files import expanded
@@ -105,8 +105,8 @@ class Numbers(click.ParamType):  # type: ignore[type-arg]
     "models",
     multiple=True,
     metavar="MODEL_DIR",
-    help="Hugging Face folder, or a run folder; may be repeated: all are compared with the first; default: the "
-    "adapter's base, or the demo's policy.",
+    help="Hugging Face folder, a run folder, or RUN@STEP or RUN@best; may be repeated: all are compared with the "
+    "first; default: the adapter's base, or the demo's policy.",
 )
 @click.option("--adapter", metavar="ADAPTER_DIR", help="Adapter beside the model: a run's, PEFT's or mlx-lm's.")
 @click.option(
@@ -230,6 +230,8 @@ async def _evaluate(
 ) -> list[Evaluated]:
     """One model after the other, so that only one is in memory."""
     questions = await asking()
+    for model in models if len(models) > 1 else ():
+        check_model(model.path, questions, model.adapter)
     identity = identity_of([(model.path, model.adapter) for model in models], questions, dtype)
     file = None if path is None else EvaluationFile(path, [model.name for model in models], questions, identity)
     found = []

@@ -59,7 +59,10 @@ def figures_shown(one: Evaluation, asked: bool) -> list[str]:
     if not one.figures.get("missing"):
         names = [name for name in names if name != "missing"]
     told = [name for name in names if name not in _OF_TEXTS]
-    return [*told, *one.rewards, *(name for name in names if name in _OF_TEXTS)]
+    rewards = [
+        name for name, mean in one.rewards.items() if several or count == 1 or mean != one.figures.get(f"avg@{count}")
+    ]
+    return [*told, *rewards, *(name for name in names if name in _OF_TEXTS)]
 
 
 def comparison_lines(first: Evaluated, other: Evaluated) -> Iterator[str]:

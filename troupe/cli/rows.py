@@ -16,7 +16,7 @@ from troupe.records.layout import RUN_TOML
 from troupe.records.store.read import StoredRun
 from troupe.records.store.rows import RowStory
 from troupe.records.text import MISSING, prompt_text
-from troupe.run.config import load_config
+from troupe.runtime.files import read_toml
 from troupe.runtime.terminal import tell_json
 
 RowOrder = Literal["pass-rate", "row", "groups", "reward", "length", "gain", "step"]
@@ -106,7 +106,7 @@ def _place(value: float | None, row: int) -> tuple[bool, float, int]:
 def _settings(folder: Path, reward: str | None) -> CurriculumConfig:
     """What the run's curriculum asks of a row; the defaults where it is not known."""
     try:
-        config = load_config(folder / RUN_TOML).curriculum
-    except ConfigError:
+        config = msgspec.convert(read_toml(folder / RUN_TOML).get("curriculum", {}), CurriculumConfig)
+    except (ConfigError, msgspec.ValidationError):
         config = CurriculumConfig()
     return config if reward is None else msgspec.structs.replace(config, reward=reward)

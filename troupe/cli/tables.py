@@ -11,7 +11,8 @@ from rich.cells import cell_len, set_cell_size
 from troupe.runtime.terminal import one_line
 
 _GAP = "  "
-_ANY_WIDTH = 10_000
+ANY_WIDTH = 10_000
+"""Where lines are not cut."""
 
 
 class Column(msgspec.Struct, frozen=True):
@@ -29,7 +30,7 @@ class Column(msgspec.Struct, frozen=True):
 def screen_width() -> int:
     """Cells of the terminal's lines; what goes into a file or a pipe is not cut."""
     is_fixed = os.environ.get("COLUMNS", "").isdecimal()
-    return shutil.get_terminal_size().columns if is_fixed or sys.stdout.isatty() else _ANY_WIDTH
+    return shutil.get_terminal_size().columns if is_fixed or sys.stdout.isatty() else ANY_WIDTH
 
 
 def table(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int) -> Iterator[str]:

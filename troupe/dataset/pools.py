@@ -11,6 +11,7 @@ import random
 from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
+from heapq import nsmallest
 from typing import TypeAlias
 
 import msgspec
@@ -24,7 +25,7 @@ _LAST_RESORT: tuple[Pool, ...] = ("normal", "hard", "easy")
 """The pools in the order in which they are drawn from where no pool that has rows has a weight."""
 
 _Entry: TypeAlias = tuple[int, int, int]
-"""Walk, place in it, row: the order of a pool."""
+"""Walk, place in it, row: the order of a pool. Of retired rows the step that they were seen in, 0, row."""
 
 
 class Pools:
@@ -45,7 +46,8 @@ class Pools:
         """How many rows belong to each pool, those away included."""
         self.away: set[int] = set()
         """Rows that were drawn and have not come back."""
-        self._unseen = list(range(len(order)))
+        self._unseen = [-place for place in reversed(range(len(order)))]
+        """Places in the first epoch's order, negative: the next one stands last, where it is taken quickly."""
         self._pools: dict[Pool, list[_Entry]] = {pool: [] for pool in POOLS}
 
     def restore(self, records: Iterable[RowRecord], away: Iterable[int], turns: dict[Pool, int]) -> None:
@@ -54,7 +56,7 @@ class Pools:
         self.away = set(away)
         self.turns |= turns
         gone = {self._place[row] for row in (*self.records, *self.away)}
-        self._unseen = [place for place in range(len(self._order)) if place not in gone]
+        self._unseen = [-place for place in reversed(range(len(self._order))) if place not in gone]
         for pool in POOLS:
             here = [r for r in self.records.values() if r.pool == pool and r.row not in self.away]
             self._pools[pool] = sorted(map(self._entry, here))
@@ -82,8 +84,9 @@ class Pools:
         every = self._config.revisit_every
         if every is None:
             return
-        due = [row for _, _, row in self._pools["retired"] if self.records[row].step + every <= step]
-        for row in due:
+        retired = self._pools["retired"]
+        while retired and retired[0][0] + every <= step:  # the one that was seen last longest ago
+            row = retired[0][2]
             self._take_out(row)
             self._put(msgspec.structs.replace(self.records[row], pool="easy"))
 
@@ -104,14 +107,18 @@ class Pools:
         """Rows that may take the place of others in a step, which stay in their pools; none of those that are `shown`
         there and none twice, as long as there are others in pools."""
         dice = _dice("replacements", self._seed, step)
-        left = {pool: self._members(pool, shown) for pool in _DRAWN}
-        chosen: list[int] = []
-        while len(chosen) < count and (pool := self._pool(dice, lambda pool: len(left[pool]))) is not None:
-            rows = left[pool]
-            at = int(dice.random() * len(rows))
-            rows[at], rows[-1] = rows[-1], rows[at]
-            chosen.append(rows.pop())
-        return chosen + self._any(dice, count - len(chosen), without=[*shown, *chosen])
+        taken, chosen = set(shown), list[int]()
+        of_pools = Counter(self.pool(row) for row in taken - self.away)
+        while len(chosen) < count:
+            pool = self._pool(dice, lambda pool: self._size(pool) - of_pools[pool])
+            if pool is None:
+                return chosen + self._any(dice, count - len(chosen), without=taken)
+            while (row := self._at(pool, int(dice.random() * self._size(pool)))) in taken:
+                pass
+            taken.add(row)
+            of_pools[pool] += 1
+            chosen.append(row)
+        return chosen
 
     def _pool(self, dice: random.Random, size: Callable[[Pool], int]) -> Pool | None:
         """A pool by lot, by how many rows it has and what each of them weighs; None where all are empty."""
@@ -126,15 +133,16 @@ class Pools:
     def _size(self, pool: Pool) -> int:
         return len(self._pools[pool]) + (len(self._unseen) if pool == "normal" else 0)
 
-    def _members(self, pool: Pool, shown: Collection[int]) -> list[int]:
-        rows = [self._order[place] for place in self._unseen] if pool == "normal" else []
-        rows += [row for _, _, row in self._pools[pool]]
-        return [row for row in rows if row not in shown]
+    def _at(self, pool: Pool, index: int) -> int:
+        """A row of a pool, by its place in it."""
+        if pool == "normal" and index < len(self._unseen):
+            return self._order[-self._unseen[index]]
+        return self._pools[pool][index - (len(self._unseen) if pool == "normal" else 0)][2]
 
     def _next(self, pool: Pool) -> int:
         """The next row of a walk, which leaves its pool."""
         if pool == "normal" and self._unseen:
-            return self._order[self._unseen.pop(0)]
+            return self._order[-self._unseen.pop()]
         turn, _, row = self._pools[pool].pop(0)
         self.turns[pool] = turn
         return row
@@ -143,7 +151,7 @@ class Pools:
         """Retired rows, those of the lowest pass rate first, of these the ones that were not seen for longest."""
         retired = [self.records[row] for _, _, row in self._pools["retired"]]
         window = self._config.window
-        chosen = sorted(retired, key=lambda r: (mean_rate(r.rates, window), r.step, r.row))[:count]
+        chosen = nsmallest(count, retired, key=lambda r: (mean_rate(r.rates, window), r.step, r.row))
         for record in chosen:
             self._take_out(record.row)
         return [record.row for record in chosen]
@@ -166,7 +174,7 @@ class Pools:
             return
         record = self.records.get(row)
         if record is None:
-            self._unseen.pop(bisect_left(self._unseen, self._place[row]))
+            self._unseen.pop(bisect_left(self._unseen, -self._place[row]))
             return
         entries = self._pools[record.pool]
         entries.pop(bisect_left(entries, self._entry(record)))
@@ -180,6 +188,8 @@ class Pools:
         insort(self._pools[record.pool], self._entry(record))
 
     def _entry(self, record: RowRecord) -> _Entry:
+        if record.pool == "retired":
+            return record.step, 0, record.row
         place = record.row
         if self._shuffle:
             place = _hashed("walk", self._seed, record.pool, record.turn, record.row)

@@ -19,9 +19,11 @@ from troupe.rewards.builtin import exact_answer_reward
 
 Scores: TypeAlias = Sequence[float | None]
 """Of the samples of a row."""
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_BEGIN, _END = "<answer>", "</answer>"
 _NUMBER = re.compile(r"[-+]?\d{1,30}(\.\d{0,30})?")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(\D|$))")
+_LONGEST_ANSWER = 1000
+"""Characters; what is longer is compared as it is."""
 _CONFIDENCE = 0.95
 
 
@@ -73,6 +75,8 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def verdict(self) -> str:
         """Whether the difference is more than noise, in words."""
+        if not self.better and not self.worse:
+            return f"no difference over {self.rows} rows"
         test = "exact sign test" if self.test == "sign" else "paired t-test"
         word = "more than noise" if self.is_more_than_noise else "this may be noise"
         return f"{word}: p = {self.p:.2g}, {test} over {self.rows} rows"
@@ -128,9 +132,12 @@ def answer_in(text: str) -> str:
     answer."""
     said = text.rpartition("</think>")[2]
     found = _boxed(said)
+    if found is None and (end := said.rfind(_END)) >= 0 and (begin := said.rfind(_BEGIN, 0, end)) >= 0:
+        found = said[begin + len(_BEGIN) : end]
     if found is None:
-        tagged = _ANSWER.findall(said)
-        found = tagged[-1] if tagged else said.rpartition("####")[2]
+        found = said.rpartition("####")[2]
+    if len(found) > _LONGEST_ANSWER:
+        return found
     answer = " ".join(found.strip().strip("$").split())
     plain = _THOUSANDS.sub("", answer)
     return str(Fraction(plain)) if _NUMBER.fullmatch(plain) else answer

@@ -18,8 +18,10 @@ from troupe.dataset import DataConfig, PromptDataset, stop_making_rows
 from troupe.environments.settings import EnvironmentConfig
 from troupe.errors import ConfigError
 from troupe.messages import Evaluate, EvaluatedRow, Incident
-from troupe.policy import GenerationConfig, Policy, load_policy, opened_thought
+from troupe.policy import GenerationConfig, NetworkConfig, Policy, load_policy, opened_thought
 from troupe.policy.decode.sampling import GREEDY_BELOW
+from troupe.policy.load import resolve_base
+from troupe.policy.model_files import CONFIG_FILE, check_folder, read_json
 from troupe.rewards import Reward, RewardManager, RewardsConfig
 from troupe.rewards.estimates import figures, reward_means
 from troupe.run.acting import (
@@ -157,6 +159,17 @@ async def ask(
     return questions
 
 
+def check_model(model: str | Path, questions: Questions, adapter: str | Path | None = None) -> None:
+    """Whether a model can be asked, as far as its small files say: before those before it have taken hours. Raises
+    InputError."""
+    folder = resolve_base(model, None if adapter is None else Path(adapter)).folder
+    check_folder(folder)
+    policy = Policy(NetworkConfig.from_dict(read_json(folder / CONFIG_FILE)), {}, folder)
+    policy.check_stop_ids()
+    if questions.world is None:
+        _prompt_ids(policy, questions, None)
+
+
 async def answer(
     model: str | Path,
     questions: Questions,
@@ -185,17 +198,21 @@ async def answer(
         acting_setup = None if questions.world is None else ActingSetup.of(questions.world, policy, questions.data)
         if acting_setup is not None:
             await begun.enter_async_context(acting_setup.manager)
-        positions = policy.config.max_position_embeddings
-        prompt_ids = tokenize_prompts(
-            rows,
-            policy.tokenizer,
-            questions.data,
-            max_tokens=min(questions.data.max_prompt_tokens or positions, positions - 1),
-            vocab_size=policy.config.vocab_size,
-            tell=None if acting_setup is None else acting_setup.opening,
-        )
+        prompt_ids = _prompt_ids(policy, questions, acting_setup)
         of = EvalSet(settings=questions.settings, dataset=rows, prompt_ids=prompt_ids, rewards=manager)
         return await _answers(of, policy, device, questions, acting_setup, progress, done, each)
+
+
+def _prompt_ids(policy: Policy, questions: Questions, acting_setup: ActingSetup | None) -> list[tuple[int, ...]]:
+    positions = policy.config.max_position_embeddings
+    return tokenize_prompts(
+        questions.rows,
+        policy.tokenizer,
+        questions.data,
+        max_tokens=min(questions.data.max_prompt_tokens or positions, positions - 1),
+        vocab_size=policy.config.vocab_size,
+        tell=None if acting_setup is None else acting_setup.opening,
+    )
 
 
 async def _answers(

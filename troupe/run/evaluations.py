@@ -53,6 +53,7 @@ def make_evaluator(
         ledger=ledgers.evaluations,
         written=ledgers.sinks.written,
         record=partial(ledgers.devices["checkpointer"].run, ledgers.evaluations.write, plain=True),
+        aside=partial(ledgers.devices["checkpointer"].run, plain=True),
         report=report,
     )
 

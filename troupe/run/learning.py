@@ -30,7 +30,7 @@ def make_trainer(prepared: Prepared, factories: Factories, ledgers: Ledgers, rep
         seed=config.seed,
         gamma=config.environment.gamma,
     )
-    if config.metrics.store_token_figures:
+    if config.metrics.store_token_figures and "sqlite" in config.metrics.sinks:
         trainer.watch()
     if prepared.ranks > 1:
         cards, on_cpu = prepared.cards, is_on_cpu()

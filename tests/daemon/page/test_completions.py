@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -11,6 +13,7 @@ import pytest
 
 from tests.daemon.page.test_server import Answer, Opened, open_page
 from tests.support.many import make_many
+from troupe.records.layout import STORE
 from troupe.records.store.completions import Query
 from troupe.records.store.read import open_store
 
@@ -94,6 +97,20 @@ async def test_what_means_nothing_is_refused(tmp_path: Path, path: str, query: s
         answer = await opened.visitor.ask(f"{opened.visitor.base}{path}?{query}")
         assert answer.status == 400, answer.body
         assert (await told(opened, "completions"))["total"] == 8
+
+
+async def test_damage_is_told_and_ends_nothing(tmp_path: Path) -> None:
+    make_many(tmp_path, 240, letters=20)
+    with closing(sqlite3.connect(tmp_path / STORE)) as connection, connection:
+        connection.execute("UPDATE completions SET scores = '{no JSON' WHERE gid = 20 AND sample = 3")
+        connection.execute("UPDATE completions SET versions = '7' WHERE gid = 21 AND sample = 3")
+    async with open_page(tmp_path) as opened:
+        for gid, status in ((20, 500), (21, 409), (22, 200)):
+            assert (await asked(opened, "completion", gid=gid, sample=3)).status == status
+        assert (await asked(opened, "completions", gid=20)).status == 500
+        file = await asked(opened, "completions.jsonl")
+        assert file.body.count("\n") < 240
+        assert (await told(opened, "completions", gid=22))["total"] == 8
 
 
 async def test_a_run_without_a_store_says_so(tmp_path: Path) -> None:

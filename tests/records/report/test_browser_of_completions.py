@@ -151,6 +151,35 @@ def test_a_page_asks_its_server(tmp_path: Path, browser: Any, served: Any) -> No
     assert tab.errors == []
 
 
+DIFFERENCES = """() => {
+  let seed = 1;
+  const draw = (below) => (seed = (seed * 48271) % 2147483647) % below;
+  const shortest = (a, b) => { // words that only one of them has, by the longest common subsequence
+    const rows = [...Array(a.length + 1)].map(() => Array(b.length + 1).fill(0));
+    for (let i = a.length - 1; i >= 0; i--) for (let j = b.length - 1; j >= 0; j--)
+      rows[i][j] = a[i] === b[j] ? rows[i + 1][j + 1] + 1 : Math.max(rows[i + 1][j], rows[i][j + 1]);
+    return a.length + b.length - 2 * rows[0][0];
+  };
+  for (let n = 0; n < 400; n += 1) {
+    const [a, b] = [0, 1].map(() => [...Array(draw(12))].map(() => "abc"[draw(3)]));
+    const parts = differences(a, b);
+    const [left, right] = [1, 2].map((side) => parts.flatMap((part) => part[side]).join(""));
+    const count = (sum, part) => sum + part[1].length + part[2].length;
+    const others = parts.filter(([kind]) => kind === "other").reduce(count, 0);
+    const same = parts.filter(([kind]) => kind === "same").every(([, one, other]) => one.join() === other.join());
+    if (left !== a.join("") || right !== b.join("") || !same || others !== shortest(a, b)) return [a, b, parts];
+  }
+  return null;
+}"""
+
+
+def test_differences_are_the_shortest(tmp_path: Path, browser: Any) -> None:
+    tab = report_in(browser, make_said(tmp_path))
+    assert tab.page.evaluate(DIFFERENCES) is None
+    far = "() => differences(wordsOf('a '.repeat(9000)), wordsOf('b '.repeat(9000))).length"
+    assert tab.page.evaluate(far) >= 1, "what differs in all is told of at once"
+
+
 def _filter(tab: Tab) -> None:
     fill(tab, "text holds", "RED mat")
     found(tab, "2 found")

@@ -66,13 +66,13 @@ def test_a_run_that_is_watched_killed_and_gone_on_with(tmp_path: Path) -> None:
     assert trainer.wait_until(lambda: newest_step(out) >= 4)
     page = page_of(out)
     assert "running" in page.within("span")
-    assert max(page.data["x"]) >= 4
+    assert max(page.data["axes"][0]["step"]) >= 4
     trainer.kill()
     left = {path.name for path in out.iterdir()}
     run = read_run(out)
     assert (run.state, run.total_steps) == ("crashed", steps)
     assert run.step >= 4
-    assert page_of(out).data["x"] == list(range(1, run.step + 1))
+    assert page_of(out).data["axes"][0]["step"] == list(range(1, run.step + 1))
     assert {path.name for path in out.iterdir()} == left
     trainer = Trainer(config, out)
     assert trainer.wait_until(lambda: newest_step(out) >= run.step + 2)
@@ -81,4 +81,4 @@ def test_a_run_that_is_watched_killed_and_gone_on_with(tmp_path: Path) -> None:
     run = read_run(out)
     assert (run.state, len(run.stored.starts), len(run.stored.machines)) == ("stopped", 2, 2)
     [mark] = page_of(out).data["marks"]
-    assert mark["x"] == run.stored.starts[1].first_step >= 4
+    assert mark["step"] == run.stored.starts[1].first_step >= 4

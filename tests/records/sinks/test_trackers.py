@@ -14,6 +14,7 @@ import pytest
 
 from tests.records.sinks.steps import closed, evaluated, update
 from troupe.messages import Incident
+from troupe.records.evaluations import write_evaluations
 from troupe.records.sinks.base import MetricsConfig, RunInfo, Sink
 from troupe.records.sinks.jsonl import JsonlSink
 from troupe.records.sinks.sinks import Sinks
@@ -264,3 +265,13 @@ def test_evaluations_are_told_once_and_where_steps_cannot_be_told_late_with_the_
     late = [(step, row["eval/held_out/avg@1"]) for step, row in tracker.rows if "eval/held_out/avg@1" in row][-1]
     assert late == ((9, 1.0) if kind == "trackio" else (10, 1.0))
     assert sum("eval/held_out/avg@1" in row for _, row in tracker.rows) == (4 if kind == "trackio" else 3)
+
+
+def test_evaluations_that_a_kill_left_untold_are_told_by_the_next_start(
+    tmp_path: Path, kind: str, tracker: Tracker
+) -> None:
+    feed(sink_of(kind, tmp_path), update(1), evaluated(1, 0.25), update(2))
+    write_evaluations(tmp_path, [evaluated(1, 0.25), evaluated(2, 0.5), evaluated(3, 0.75)])
+    feed(sink_of(kind, tmp_path, 2), update(3))
+    told = [row["eval/held_out/avg@1"] for _, row in tracker.rows if "eval/held_out/avg@1" in row]
+    assert told == [0.25, 0.5], "that of version 3 is made again"

@@ -15,6 +15,7 @@ import troupe
 from tests.support.fakes import same_bits, tiny_config
 from tests.support.games import acting, calls, write_player
 from tests.support.runs import STORED, completions, policy_of
+from troupe.records.store.read import open_store
 from troupe.run.evaluate import evaluate_folder
 from troupe.run.result import RunResult
 
@@ -139,14 +140,19 @@ def test_held_out_rows_are_played(player: Path, tmp_path: Path) -> None:
     assert run.complete
     assert run.rewards_before.keys() == {"environment_reward"}
     assert run.rewards_before["environment_reward"] >= 1.0
-    again = anyio.run(
-        partial(
-            evaluate_folder,
-            Path(run.folder) / "final",
-            tmp_path / "prompts.json",
-            data=config.data,
-            environment=config.environment,
-            max_completion_length=60,
-        )
+    evaluating = partial(
+        evaluate_folder,
+        Path(run.folder) / "final",
+        tmp_path / "prompts.json",
+        data=config.data,
+        environment=config.environment,
+        max_completion_length=60,
     )
+    again = anyio.run(evaluating)
     assert again.rewards == run.rewards_after
+    with open_store(Path(run.folder)) as store:
+        assert store.evaluated_rows(run.version, "held_out") == again.table
+    sampled = anyio.run(partial(evaluating, num_samples=3, temperature=1.0))
+    assert {len(row.samples) for row in sampled.table} == {3}
+    assert not sampled.incidents
+    assert len(set(sampled.completions)) > len(sampled.table)

@@ -57,6 +57,13 @@ def test_a_rate_far_too_low_moves_no_16_bit_weight(
     assert max(moved) < 1e-4 if found else min(moved) > 0.01
 
 
+def test_several_passes_of_large_steps_are_clipped(ragged_model: Path, tmp_path: Path) -> None:
+    settings = {"learner__num_iterations": 3, "learner__epsilon": 0.05, "learner__lr": 3e-3}
+    result = train(ragged_model, tmp_path, weigh_ids, learner__max_steps=25, checkpoint__every=99, **settings)
+    (finding,) = result.findings
+    assert (finding.rule, finding.remedy) == ("clipped", "--set learner.num_iterations=1")
+
+
 def test_what_is_asked_elsewhere_gets_worse(ragged_model: Path, tmp_path: Path) -> None:
     """Training wants low ids, the evaluation high ones."""
     code = tmp_path / "ids.py"

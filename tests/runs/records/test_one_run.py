@@ -197,7 +197,10 @@ def test_the_trace_opens_and_shows_every_step_learned_and_every_group_scored(run
 
 
 def test_who_asks_after_the_end_is_told_what_the_summary_says(run: Path) -> None:
-    assert done("status", run) == f"{run}: complete: {STEPS} of {STEPS} steps\n"
+    first, reward = done("status", run).splitlines()
+    assert first == f"{run}: complete: {STEPS} of {STEPS} steps"
+    assert reward.startswith("  reward  ")
+    assert reward.endswith(f"  steps 1 to {STEPS}")
 
 
 def test_a_person_is_shown_the_numbers_that_programs_get(run: Path) -> None:

@@ -56,7 +56,7 @@ import json, os, pathlib, signal, time
 def deadly(completions, trainer_state, **_):
     tracked = pathlib.Path("out/wandb.json")
     step = trainer_state.global_step
-    while not tracked.exists() or json.loads(tracked.read_bytes())["step"] < step:  # a small run would be over before
+    while not tracked.exists() or json.loads(tracked.read_bytes()).get("step", 0) < step:  # or it is over
         time.sleep(0.01)
     once = pathlib.Path(__file__).with_name("killed")
     if step == 5 and not once.exists():

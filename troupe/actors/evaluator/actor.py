@@ -47,15 +47,17 @@ class Evaluator(Actor):
         ledger: EvaluationLedger,
         written: Callable[[], Awaitable[object]],
         record: Callable[[], Awaitable[None]],
+        aside: Callable[[Callable[[], dict[str, float]]], Awaitable[dict[str, float]]] = anyio.to_thread.run_sync,
         report: Reporter | None = None,
     ) -> None:
         """`sets`: makes them, once. `written`: comes back when the sinks have written what they were given.
-        `record`: has the ledger's file written; OSError where the disk fails."""
+        `record`: has the ledger's file written; OSError where the disk fails. `aside`: counts figures while the loop
+        goes on."""
         super().__init__(inbox, [evaluated], report)
         self._evaluated = evaluated
         self._sets = sets()
         self._ledger = ledger
-        self._written, self._record = written, record
+        self._written, self._record, self._aside = written, record, aside
         self._doing = ""
         self._done = self._total = 0
 
@@ -86,7 +88,8 @@ class Evaluator(Actor):
             rows = await self._answer(work, message)
         finally:
             self._doing = ""
-        figures = figures_of(of.name, rows, passes_from=of.settings.passes_from)
+        counting = partial(figures_of, of.name, rows, passes_from=of.settings.passes_from)
+        figures = await self._aside(counting)  # seconds where there are tens of thousands of long texts
         result = Evaluated(
             version=message.version,
             name=of.name,

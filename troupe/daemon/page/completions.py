@@ -68,13 +68,20 @@ class Completions:
             raise RefusedError(HTTPStatus.CONFLICT, str(error)) from None
         except OverflowError:
             raise RefusedError(HTTPStatus.BAD_REQUEST, "a number is larger than any in a store") from None
+        except RefusedError:
+            raise
+        except Exception as error:  # a damaged row, whatever it holds, must not end the daemon
+            raise RefusedError(HTTPStatus.INTERNAL_SERVER_ERROR, f"the store cannot be read: {error!r}") from None
 
     async def _lines(self, query: Query) -> AsyncGenerator[bytes, None]:
         """All of a query as rows of a dataset, each piece of another state of the store; what was there when it was
         asked for is there in each."""
         after: Key | None = None
         while True:
-            lines, after = await self._read(partial(_rows, query, after))
+            try:
+                lines, after = await self._read(partial(_rows, query, after))
+            except RefusedError as refusal:
+                raise OSError(refusal) from None  # the file ends here, and its client sees the connection break
             if lines:
                 yield lines
             if after is None:

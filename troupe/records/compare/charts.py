@@ -157,7 +157,8 @@ class Overlay:
                 about = "By the steps learned from; bars are standard errors."
                 about += f" The same as {', '.join(same)}." if same else ""
                 written = "percent" if is_share(figure) else "number"
-                spec = ChartSpec(_HELD_OUT, f"{name}: {figure}", about, written, least=None, smooth=False)
+                least = None if figure.startswith(HEADLINES) else 0.0
+                spec = ChartSpec(_HELD_OUT, f"{name}: {figure}", about, written, least=least, smooth=False)
                 charts.append(Chart(key=f"eval/{name}/{figure}", spec=spec, lines=lines))
         return Section(title=_HELD_OUT, charts=tuple(charts))
 

@@ -152,7 +152,7 @@ def held_out_tables(found: RunComparison) -> Iterator[HeldOutTable]:
                 rows.append((run.name, f"{held_out.newest:,}", told, against))
             if len(members) > 1:
                 told = tuple(_newest_together(members, name, figure) for figure in figures)
-                rows.append((group.name, "", told, f"mean of {len(members)} seeds, least to most"))
+                rows.append((group.name, f"{len(members)} seeds", told, ""))
         yield HeldOutTable(name=name, base=base.name, figures=tuple(figures), rows=tuple(rows))
 
 

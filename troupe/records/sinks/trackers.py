@@ -2,7 +2,7 @@
 
 Each run has one name there however often it is resumed, which a small file in the run folder remembers, with the step
 that was told last: a step that a resume makes once more is not told twice. Steps that a killed start had not told yet
-are told by the next one, out of metrics.jsonl.
+are told by the next one, out of metrics.jsonl and evaluations.jsonl.
 """
 
 import secrets
@@ -14,6 +14,7 @@ from typing import Any, ClassVar, cast
 import msgspec
 
 from troupe.messages import Evaluated, GroupClosed, Update
+from troupe.records.evaluations import read_evaluations
 from troupe.records.layout import METRICS
 from troupe.records.sinks.base import MetricsConfig, RunInfo, SinkName, package, wandb_mode
 from troupe.records.sinks.digest import Digest, Sample, StepDigest
@@ -67,13 +68,15 @@ class _Tracker(ABC):
         newest = max(self._run.first_step, newest)
         self._tracked = msgspec.structs.replace(self._tracked, step=newest, kept=newest)
         self._digest = Digest(newest=newest, samples=self._config.completions, every=self._config.completions_every)
+        for evaluated in read_evaluations(Path(self._run.folder)):
+            if evaluated.version <= self._run.first_step:
+                self._take(evaluated)
         _write(self._path, self._tracked)
 
     def write(self, message: object) -> None:
         """Take a message; a step is told when it has ended, an evaluation once."""
         if isinstance(message, Evaluated):
-            if self._there is not None and message.version > self._tracked.evaluated.get(message.name, -1):
-                self._tell_evaluation(message)
+            self._take(message)
             return
         digest = self._digest.add(message)
         if digest is not None and self._there is not None:
@@ -100,6 +103,10 @@ class _Tracker(ABC):
     def _newest_there(self) -> int:
         """The newest step that was told before; where the tracker itself says so, it knows better than our file."""
         return self._tracked.step
+
+    def _take(self, evaluated: Evaluated) -> None:
+        if self._there is not None and evaluated.version > self._tracked.evaluated.get(evaluated.name, -1):
+            self._tell_evaluation(evaluated)
 
     def _tell_evaluation(self, evaluated: Evaluated) -> None:
         """Tell of an evaluation, later than of its step."""

@@ -2,7 +2,7 @@
 "use strict";
 
 const MOST_WORDS = 20000;
-const MOST_CHANGES = 1500;
+const MOST_CHANGES = 1000;
 
 // words, spaces and signs, each a piece of its own
 const wordsOf = (text) => text.match(/[\p{L}\p{N}_]+|\s+|[^\s\p{L}\p{N}_]/gu) || [];

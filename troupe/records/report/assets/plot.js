@@ -144,7 +144,8 @@ const chartPlot = (() => {
     const first = Math.max(min, Math.min(xs[0], axis.least ?? Infinity));
     const unit = axis.unit(max);
     const room = plot.bbox.width / devicePixelRatio;
-    const ticks = roundTicks(first / unit, max / unit, Math.max(2, room / 78), axis.whole).map((tick) => tick * unit);
+    const wide = Math.max(56, 7 * axis.tick(max, unit).length + 20);
+    const ticks = roundTicks(first / unit, max / unit, Math.max(2, room / wide), axis.whole).map((tick) => tick * unit);
     const clear = first + ((8 * firstTick(first, unit).length + 18) / room) * (max - min);
     return [first, ...ticks.filter((tick) => tick > clear && tick <= max)];
   }
