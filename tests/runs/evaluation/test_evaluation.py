@@ -145,8 +145,12 @@ async def test_weights_are_let_go_of_when_they_are_evaluated(tmp_path: Path, rag
     settings = evaluated(tmp_path, every=0, learner__max_steps=4)
     async with Supervisor(tiny_config(ragged_model, tmp_path, **settings), [weigh_ids]) as run:
         begun = {id(array) for array in run._pipeline.learner.weights.values()}
+        ledger = run._pipeline.ledgers.evaluations
         async for update in run.updates():
             if update.step == 3:
+                with anyio.fail_after(60):
+                    while 0 in ledger.pending:
+                        await anyio.sleep(0.01)
                 gc.collect()
                 dicts = [each for each in gc.get_objects() if isinstance(each, dict)]
                 assert not [each for each in dicts if begun <= {id(value) for value in each.values()}]
