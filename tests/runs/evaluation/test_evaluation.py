@@ -149,7 +149,7 @@ async def test_weights_are_let_go_of_when_they_are_evaluated(tmp_path: Path, rag
         async for update in run.updates():
             if update.step == 3:
                 with anyio.fail_after(60):
-                    while 0 in ledger.pending:
+                    while 0 in ledger.pending:  # noqa: ASYNC110 - nobody says when
                         await anyio.sleep(0.01)
                 gc.collect()
                 dicts = [each for each in gc.get_objects() if isinstance(each, dict)]
