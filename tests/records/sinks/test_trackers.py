@@ -187,7 +187,7 @@ def test_an_offline_run_is_told_anew_what_a_killed_start_told(
     (tmp_path / "wandb.json").write_text(f'{{"id":"x","step":5,"kept":{kept}}}')
     feed(sink_of("wandb", tmp_path, 5), update(6))
     assert tracker.steps == told
-    assert json.loads((tmp_path / "wandb.json").read_bytes()) == {"id": "x", "step": 6, "kept": 6}
+    assert json.loads((tmp_path / "wandb.json").read_bytes()) == {"id": "x", "step": 6, "kept": 6, "evaluated": {}}
 
 
 def test_two_runs_have_two_names(tmp_path: Path, kind: str, tracker: Tracker) -> None:

@@ -30,7 +30,7 @@ _VERSION = "eval/version"
 _COLUMNS = ("step", "prompt", "completion", "reward", "scores", "tokens")
 
 
-class Tracked(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Tracked(msgspec.Struct, frozen=True, kw_only=True):
     """Under what name a run is tracked; `wandb.json` or `trackio.json` in its folder."""
 
     id: str
