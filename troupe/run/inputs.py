@@ -117,7 +117,7 @@ def load_inputs(
     total_steps = count_steps(
         dataset.in_all, batch_size=learner.batch_size, epochs=learner.epochs, max_steps=learner.max_steps
     )
-    notices += curriculum_notices(config.curriculum, rows=dataset.in_all, prompts=total_steps * learner.batch_size)
+    notices += curriculum_notices(config, rewards.names, rows=dataset.in_all, steps=total_steps)
     return Inputs(
         config=config,
         source=policy.path,
