@@ -8,7 +8,6 @@ from pathlib import Path
 import msgspec
 
 from troupe.actors.evaluator.decoding import EvalSet
-from troupe.actors.evaluator.settings import HELD_OUT
 from troupe.actors.schedule import PromptSchedule, count_steps, describe_prompts, think_notices, tokenize_prompts
 from troupe.cluster.calls import Calls
 from troupe.dataset import PromptDataset
@@ -16,6 +15,7 @@ from troupe.errors import ConfigError
 from troupe.grpo import LearnerConfig
 from troupe.grpo.optimizer import LEARNING_RATE
 from troupe.messages import PromptText
+from troupe.messages.evaluations import HELD_OUT
 from troupe.policy import NetworkConfig, Policy, opened_thought
 from troupe.policy.adapter.modules import describe_adapter
 from troupe.policy.load import begin_policy
