@@ -60,7 +60,7 @@ _LAST_WORDS_S = 0.5
     "--eval-dataset",
     "eval_data",
     metavar="PROMPTS",
-    help="Held-out prompts, completed before and after the run.",
+    help="Held-out prompts, completed before and after the run, or as [evaluation] says.",
 )
 @click.option("-o", "--output", metavar="OUT_DIR", help="Run folder; default: the next free runs/NAME-NNN.")
 @click.option("--lr", type=float, help="Peak learning rate.  [default: 1e-6]")

@@ -3,13 +3,14 @@ from __future__ import annotations
 import socket
 import sys
 from contextlib import closing
+from pathlib import Path
 from types import SimpleNamespace
 
 import msgspec
 import pytest
 
 from troupe.errors import ConfigError
-from troupe.records.sinks.base import MetricsConfig, SinkName, check_sinks
+from troupe.records.sinks.base import MetricsConfig, RunInfo, SinkName, check_sinks
 
 
 def test_all_sinks_are_on_by_default() -> None:
@@ -80,3 +81,12 @@ def test_a_port_that_is_taken_is_named() -> None:
         with pytest.raises(ConfigError, match=rf"metrics.prometheus_port is {port}.*give another port"):
             check_sinks(MetricsConfig(sinks=("prometheus",), prometheus_port=port))
     check_sinks(MetricsConfig(sinks=("prometheus",), prometheus_port=port))
+
+
+def test_a_run_below_the_working_directory_is_named_as_one_types_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = RunInfo(name="a", folder=str(tmp_path / "runs" / "a"), total_steps=1, first_step=0)
+    assert run.typed == str(Path("runs", "a"))
+    assert msgspec.structs.replace(run, folder="/elsewhere/a").typed == "/elsewhere/a"

@@ -13,6 +13,7 @@ import pytest
 
 from tests.support.fakes import delayed, often_equal, same_bits, tiny_config, weigh_ids
 from tests.support.runs import STORED, in_store, policy_of, train
+from tests.support.trace_events import read_trace
 from troupe import Supervisor
 from troupe.checkpoint import list_checkpoints
 from troupe.errors import ConfigError
@@ -59,8 +60,9 @@ def test_training_has_the_same_bits_with_and_without(place: str, tmp_path: Path,
     assert figures(tmp_path / "with" / "run").keys() == {(v, s) for v in range(5) for s in ("held_out", "sampled")}
 
 
-def test_each_version_and_set_stands_once_in_file_and_store(tmp_path: Path, ragged_model: Path) -> None:
-    result = train(ragged_model, tmp_path, **evaluated(tmp_path, every=2))
+def test_each_version_and_set_stands_once_and_costs_what_its_tokens_cost(tmp_path: Path, ragged_model: Path) -> None:
+    sinks = ["jsonl", "sqlite", "trace"]
+    result = train(ragged_model, tmp_path, **evaluated(tmp_path, every=2, metrics__sinks=sinks))
     found = figures(result.folder)
     assert found.keys() == {(v, s) for v in (0, 2, 4) for s in ("held_out", "sampled")}
     assert found[0, "sampled"].keys() >= {"eval/sampled/avg@2", "eval/sampled/pass@2", "eval/sampled/weigh_ids"}
@@ -69,6 +71,14 @@ def test_each_version_and_set_stands_once_in_file_and_store(tmp_path: Path, ragg
     stored = in_store(
         result.folder, "SELECT version, name, COUNT(*) FROM evaluation_samples GROUP BY 1, 2 ORDER BY 1, 2"
     )
+    trace = read_trace(json.loads((Path(result.folder) / "trace.json").read_text()))
+
+    def seconds(actor: str, name: str) -> float:
+        pieces = [each for each in trace.slices if trace.track_of(each).startswith(actor) and each.name == name]
+        return sum(each.end - each.start for each in pieces) / 8e6
+
+    assert seconds("generator", "wait for device") <= 0.01 + seconds("evaluator", "generate")
+    assert seconds("evaluator", "generate") > 0
     assert sorted(stored) == [(v, s, n) for v in (0, 2, 4) for s, n in (("held_out", 5), ("sampled", 6))]
 
 
@@ -135,8 +145,12 @@ async def test_weights_are_let_go_of_when_they_are_evaluated(tmp_path: Path, rag
     settings = evaluated(tmp_path, every=0, learner__max_steps=4)
     async with Supervisor(tiny_config(ragged_model, tmp_path, **settings), [weigh_ids]) as run:
         begun = {id(array) for array in run._pipeline.learner.weights.values()}
+        ledger = run._pipeline.ledgers.evaluations
         async for update in run.updates():
             if update.step == 3:
+                with anyio.fail_after(60):
+                    while 0 in ledger.pending:  # noqa: ASYNC110 - nobody says when
+                        await anyio.sleep(0.01)
                 gc.collect()
                 dicts = [each for each in gc.get_objects() if isinstance(each, dict)]
                 assert not [each for each in dicts if begun <= {id(value) for value in each.values()}]

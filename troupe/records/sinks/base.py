@@ -5,7 +5,8 @@ import os
 import socket
 from collections import deque
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
+from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import msgspec
@@ -73,6 +74,14 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
     """(step, reward) of some of the steps done before, as far as they are known."""
     config: dict[str, Any] = {}
     """The resolved config, as run.toml has it."""
+
+    @property
+    def typed(self) -> str:
+        """The folder as one would type it in the working directory."""
+        folder = Path(self.folder)
+        with suppress(OSError, ValueError):  # the working directory is gone, or elsewhere
+            return str(folder.relative_to(Path.cwd()))
+        return str(folder)
 
 
 class Sink(Protocol):

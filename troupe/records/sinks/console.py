@@ -132,7 +132,7 @@ class PlainSink:
     def __init__(
         self, run: RunInfo, stream: TextIO, *, interval_s: float = 1.0, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._run = run
+        self._run, self._folder = run, run.typed
         self._stream, self._interval_s, self._clock = stream, interval_s, clock
         self._encoding = stream.encoding or "utf-8"
         self._last_s = self._said_s = float("-inf")
@@ -183,7 +183,7 @@ class PlainSink:
         """Each once when it begins, and once more when it begins again."""
         for finding in findings:
             if (finding.rule, finding.since) not in self._found:
-                self._say(f"diagnosis: {in_full(finding, self._run.folder)}")
+                self._say(f"diagnosis: {in_full(finding, self._folder)}")
         self._found = frozenset((finding.rule, finding.since) for finding in findings)
 
     def _tell_of(self, activity: Activity, now_s: float) -> None:

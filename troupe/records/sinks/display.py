@@ -89,6 +89,7 @@ class Display:
 
     def __init__(self, run: RunInfo, *, encoding: str = "utf-8", clock: Callable[[], float] = time.monotonic) -> None:
         self._run, self._encoding, self._clock = run, encoding, clock
+        self._folder = run.typed
         self._began_s = clock()
         self._step, self._total_steps = run.first_step, run.total_steps
         self._ends: deque[tuple[int, float]] = deque([(run.first_step, self._began_s)], maxlen=_PACE_STEPS + 1)
@@ -325,11 +326,10 @@ class Display:
         """The most serious of what its figures say is wrong; nothing where nothing is."""
         if not self._findings:
             return []
-        text = one_line(in_a_line(self._findings, self._run.folder)[:_MOST_TEXT], self._encoding)
+        text = one_line(in_a_line(self._findings, self._folder)[:_MOST_TEXT], self._encoding)
         title = one_line(self._findings[0].title, self._encoding)
-        return told(
-            "diagnosis", title, text.removeprefix(title).removeprefix(": "), width, 2 if width >= _NARROW else 4
-        )
+        most = 2 if width >= _WIDE else 3 if width >= _NARROW else 5
+        return told("diagnosis", title, text.removeprefix(title).removeprefix(": "), width, most)
 
 
 def _figures(heading: str, metrics: Mapping[str, float]) -> Sequence[tuple[str, str]]:

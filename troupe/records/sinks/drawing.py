@@ -31,14 +31,13 @@ class Block(NamedTuple):
 
 
 def fitting(blocks: Sequence[Block], height: int) -> list[Text]:
-    """The lines of the blocks for which there is room, in their order."""
-    shown = list(blocks)
-    while sum(len(block.lines) for block in shown) > height:
-        least = max(shown, key=lambda block: block.rank)
-        if not least.rank:
-            break
-        shown.remove(least)
-    return [line for block in shown for line in block.lines]
+    """The lines of the blocks for which there is room, those of the lowest ranks first, in their order."""
+    shown: set[int] = set()
+    for at, block in sorted(enumerate(blocks), key=lambda each: each[1].rank):
+        if not block.rank or len(block.lines) <= height:
+            shown.add(at)
+            height -= len(block.lines)
+    return [line for at, block in enumerate(blocks) if at in shown for line in block.lines]
 
 
 def row(label: str, *parts: tuple[str, str]) -> Text:
@@ -48,7 +47,9 @@ def row(label: str, *parts: tuple[str, str]) -> Text:
 
 def told(label: str, badge: str, text: str, width: int, most: int) -> list[Text]:
     """What somebody should look at, in `most` lines at most: what it is, and all that is told of it."""
-    lines = textwrap.wrap(f" {badge}  {text}", max(1, width - LABEL_WIDTH), max_lines=most, placeholder=" …") or [""]
+    room = max(1, width - LABEL_WIDTH)
+    whole = textwrap.wrap(f" {badge}  {text}", room, max_lines=most, placeholder=" …", break_on_hyphens=False)
+    lines = whole or [""]
     end = min(len(badge) + 2, len(lines[0]))
     first = row(label, (lines[0][:end], BADGE), (lines[0][end:], "yellow"))
     return [first, *(row("", (" " + rest, "yellow")) for rest in lines[1:])]
