@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import anyio
 import hypothesis
 import pytest
 
+os.environ["XDG_CONFIG_HOME"] = str(
+    Path(tempfile.gettempdir()) / "troupe-tests"
+)  # no run goes by what was measured of the machine that tests
 os.environ.setdefault("MLX_ENABLE_TF32", "0")  # on a card; before MLX: figures to compare with are float32
 
 import troupe  # noqa: F401 - loads OpenBLAS before anything imports MLX

@@ -8,11 +8,13 @@ import subprocess
 import sys
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import anyio
 import msgspec
 import pytest
 
+from tests.support.fakes import tiny_config, weigh_ids
 from tests.support.tiny import CONFIG
 from troupe.cli.doctor import tell_measured
 from troupe.errors import InputError
@@ -21,13 +23,17 @@ from troupe.run.measure.figures import (
     Figures,
     Measurement,
     Overlap,
+    Place,
     check_writable,
     machine_file,
+    overlaps_better,
     read_measurement,
     write_measurement,
 )
 from troupe.run.measure.table import describe
 from troupe.run.measure.work import LARGE, SMALL, Size, size_for
+from troupe.run.placement import Machine
+from troupe.run.prepare import prepare
 from troupe.runtime.machine import arithmetic, memory_gb, processors
 from troupe.runtime.terminal import EXIT_INTERRUPTED
 
@@ -105,6 +111,32 @@ def test_one_way_overlaps_better_only_where_both_were_measured_and_it_does_clear
     assert Overlap(threads=1.5, processes=1.0).better == "thread"
     assert Overlap(threads=1.0, processes=1.05).better is None
     assert Overlap(threads=1.0).better is None
+
+
+def test_the_measured_place_is_taken_where_it_is_left_open_and_told(tiny_model: Path, tmp_path: Path) -> None:
+    def placed(better: Place | None, **settings: Any) -> tuple[str, int]:
+        machine = Machine(on_cpu=True, cores=4, better=better)
+        config = tiny_config(tiny_model, tmp_path, **{"schedule__generator": "auto"} | settings)
+        found = prepare(config, [weigh_ids], machine=machine)
+        return found.config.schedule.generator, sum("as measured" in line for line in found.notices)
+
+    late = {"schedule__max_staleness": 1}
+    assert placed(None, **late) == ("process", 0)
+    assert placed("process", **late) == ("process", 0)
+    assert placed("thread", **late) == ("thread", 1)
+    assert placed("thread", schedule__max_staleness=0, schedule__generator_processes=1) == ("thread", 0)
+    assert placed("thread", **late, memory_limit_gb=4.0) == ("process", 0)
+    assert placed("thread", **late | {"schedule__generator": "process"}) == ("process", 0)
+
+
+def test_a_file_says_what_overlaps_better_on_the_machine_that_it_is_of_alone(tmp_path: Path) -> None:
+    better = msgspec.structs.replace(FIGURES, overlap=Overlap(threads=1.0, processes=1.5))
+    path = tmp_path / "machine.json"
+    assert overlaps_better(path) is None
+    write_measurement(path, measured(figures=better))
+    assert overlaps_better(path) == "process"
+    write_measurement(path, measured(figures=better, processors=processors() + 1))
+    assert overlaps_better(path) is None
 
 
 def test_the_table_has_machines_of_the_same_model_beside_and_says_what_is_missing() -> None:

@@ -47,7 +47,8 @@ class ScheduleConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     generator: Literal["auto", "thread", "process"] = "auto"
     """Where the generator runs: in a thread of the training process, or in processes of its own. `auto`: a process
     where it works beside the learner (max_staleness ≥ 1) on a CPU, whose threads MLX keeps from overlapping, or where
-    several of them share its work; else a thread."""
+    several of them share its work; else a thread. Beside the learner it goes, with one device and no `memory_limit_gb`,
+    where `troupe doctor --measure` found that the two overlap clearly better, and the run says so."""
     generator_processes: Annotated[int, msgspec.Meta(ge=1)] | None = None
     """Processes that decode, where the generator is a process: each takes one part of a step after another. None: 1;
     but on a CPU with max_staleness 0 one a core, where the work is worth it and the weights are light (128 MB), if

@@ -12,6 +12,7 @@ from troupe.run.acting import sessions_of
 from troupe.run.config import RunConfig
 from troupe.run.devices import Cards
 from troupe.run.inputs import Inputs
+from troupe.run.measure.figures import Place
 from troupe.run.memory import Plan, plan_memory
 from troupe.run.workload import Workload
 from troupe.runtime import linux_cpu
@@ -28,6 +29,8 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     worthwhile: int = 2**18
     """Numbers, one a token and place of the hidden state, below which a micro-batch of its own costs more than a
     processor beside the other gains."""
+    better: Place | None = None
+    """Where the generator overlaps better with the learner, as was measured here; None: nowhere clearly, or unknown."""
     light: int = 2**27
     """Bytes of weights up to which several processes decode faster than one: each reads all of them for every token."""
 
@@ -53,7 +56,34 @@ def place_run(inputs: Inputs, machine: Machine) -> Plan:
         beside=_beside(config, machine),
         **_of_episodes(config, inputs),
     )
-    return plan_memory(config, work)
+    return _told(plan_memory(config, work), inputs.config, machine)
+
+
+def _by_figures(config: RunConfig, machine: Machine) -> Place | None:
+    """Where the generator goes as was measured, if not where it goes by itself; None: the figures change nothing."""
+    schedule = config.schedule
+    is_one_beside = schedule.max_staleness > 0 and (schedule.generator_processes or 1) == 1
+    is_here = config.cluster.serve is None and not schedule.engines_alone
+    has_one_device = machine.cards is None and (schedule.learner_ranks or 1) == 1
+    is_open = schedule.generator == "auto" and config.memory_limit_gb is None
+    if not (is_open and is_one_beside and is_here and has_one_device):
+        return None
+    return None if machine.better == _by_itself(machine) else machine.better
+
+
+def _by_itself(machine: Machine) -> Place:
+    """Where the generator works beside the learner as far as nothing was measured."""
+    return "process" if machine.on_cpu else "thread"
+
+
+def _told(plan: Plan, asked: RunConfig, machine: Machine) -> Plan:
+    if _by_figures(asked, machine) is None:
+        return plan
+    notice = (
+        f'schedule.generator is "{plan.config.schedule.generator}", as measured on this machine (troupe doctor says by '
+        "which file); give another to decide it yourself"
+    )
+    return msgspec.structs.replace(plan, notices=(*plan.notices, notice))
 
 
 def ranks_of(config: RunConfig, machine: Machine) -> int:
@@ -125,7 +155,9 @@ def _placed(config: RunConfig, machine: Machine, worthwhile: int) -> RunConfig:
         processes = 1
     elif where == "auto":
         is_elsewhere = machine.cards is not None and machine.cards.generators[0] != machine.cards.ranks[0]
-        where = "process" if processes > 1 or is_elsewhere or (machine.on_cpu and not takes_turns) else "thread"
+        beside = _by_figures(config, machine) or _by_itself(machine)
+        has_own = processes > 1 or is_elsewhere or (beside == "process" and not takes_turns)
+        where = "process" if has_own else "thread"
     threads = schedule.blas_threads
     if threads is None and cores:
         threads = max(1, cores // _sharers(schedule, "thread" if schedule.engines_alone else where, processes))

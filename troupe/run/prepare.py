@@ -33,6 +33,7 @@ from troupe.run.devices import Cards, claim_cards
 from troupe.run.engines import check_engines
 from troupe.run.folder import run_folder
 from troupe.run.inputs import Inputs, load_inputs
+from troupe.run.measure.figures import machine_file, overlaps_better
 from troupe.run.memory import Plan
 from troupe.run.placement import Machine, hosts_of, place_run, ranks_of
 from troupe.run.resume.changes import ChangesLog, Live
@@ -124,7 +125,8 @@ def prepare(
     folder = run_folder(asked, resume=resume)
     rounding = arithmetic() if rounding is None else rounding
     if machine is None:
-        machine = Machine(on_cpu=is_on_cpu(), cores=linux_cpu.blas_threads(), cards=cards)
+        cores, better = linux_cpu.blas_threads(), overlaps_better(machine_file())
+        machine = Machine(on_cpu=is_on_cpu(), cores=cores, cards=cards, better=better)
     resumption = Resumption.of(folder, asked, allow_changes, rounding) if resume else None
     if resume and "sqlite" in asked.metrics.sinks:
         check_store(folder / STORE)

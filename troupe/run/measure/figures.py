@@ -1,6 +1,7 @@
 """What was measured of a machine, and the file in the user's folder that holds it.
 
-It counts only for the machine and the version of MLX that it was made with.
+Runs go by it where it is left to them whether the generator is a thread or a process. It counts only for the machine
+and the version of MLX that it was made with.
 """
 
 import os
@@ -133,3 +134,9 @@ def read_measurement(path: Path) -> Measurement | None:
         return msgspec.json.decode(path.read_bytes(), type=Measurement)
     except (OSError, msgspec.MsgspecError):
         return None
+
+
+def overlaps_better(path: Path) -> Place | None:
+    """Where the generator overlaps clearly better with the learner by a file of this machine; None: it does not say."""
+    measurement = read_measurement(path)
+    return measurement.figures.overlap.better if measurement is not None and measurement.is_of_this_machine else None
