@@ -154,7 +154,7 @@ async def test_drain_before_the_start_begins_no_step() -> None:
 
 async def test_no_step_begins_without_rows_even_where_that_is_known_amid_sending() -> None:
     class Ending(PromptSchedule):
-        end: int | None = None  # type: ignore[assignment]
+        end: int | None = None
 
     rig = Rig(credits_=6)
     dataset = PromptDataset.from_rows([{"prompt": f"row {i}"} for i in range(ROWS)])
