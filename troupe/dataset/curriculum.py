@@ -15,7 +15,7 @@ class CurriculumConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """The `[curriculum]` section: rows are drawn by how often the policy gets them right."""
 
     enabled: bool = False
-    """Whether rows are drawn so; otherwise every epoch has each row once."""
+    """Draw rows by their pass rates; otherwise every epoch has each row once."""
     reward: Annotated[str, msgspec.Meta(min_length=1)] | None = None
     """Name of the reward function that says whether a completion passes; None: the weighted sum of all."""
     passes_from: float | None = None

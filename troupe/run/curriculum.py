@@ -1,5 +1,7 @@
 """The curriculum that a run's config asks for, and what to tell of it."""
 
+from collections.abc import Sequence
+
 from troupe.actors.curriculum import Curriculum
 from troupe.dataset import CurriculumConfig, PromptDataset
 from troupe.errors import ConfigError
@@ -29,14 +31,22 @@ def curriculum_for(config: RunConfig, dataset: PromptDataset, rewards: RewardMan
     )
 
 
-def curriculum_notices(settings: CurriculumConfig, *, rows: int, prompts: int) -> list[str]:
-    """What the user should know. `rows`: of the dataset; `prompts`: that all steps of the run draw."""
+def curriculum_notices(config: RunConfig, rewards: Sequence[str], *, rows: int, steps: int) -> list[str]:
+    """What the user should know. `rewards`: their names; `rows`: of the dataset; `steps`: of the run."""
+    settings, prompts = config.curriculum, steps * config.learner.batch_size
     if not settings.enabled:
         idle = settings != CurriculumConfig()
         return ["the section [curriculum] does nothing as long as curriculum.enabled is false"] if idle else []
+    told = []
+    if len(rewards) > 1 and settings.reward is None and settings.passes_from is None:
+        told.append(
+            f"the curriculum takes the weighted sum of {', '.join(rewards)}, cut to 0…1, for the part of a completion "
+            "that passes; name one of them as curriculum.reward, or a score as curriculum.passes_from"
+        )
     if prompts >= _SEEN * rows:
-        return []
+        return told
     return [
+        *told,
         f"the run draws {prompts:,} prompts of {rows:,} rows, so most are seen once at most and the curriculum has "
-        "little to go by; learner.dynamic_sampling replaces what teaches nothing at once"
+        "little to go by; learner.dynamic_sampling replaces what teaches nothing at once",
     ]

@@ -8,7 +8,6 @@ from pathlib import Path
 import msgspec
 
 from troupe.actors.evaluator.decoding import EvalSet
-from troupe.actors.evaluator.settings import HELD_OUT
 from troupe.actors.schedule import PromptSchedule, count_steps, describe_prompts, think_notices, tokenize_prompts
 from troupe.cluster.calls import Calls
 from troupe.dataset import PromptDataset
@@ -16,6 +15,7 @@ from troupe.errors import ConfigError
 from troupe.grpo import LearnerConfig
 from troupe.grpo.optimizer import LEARNING_RATE
 from troupe.messages import PromptText
+from troupe.messages.evaluations import HELD_OUT
 from troupe.policy import NetworkConfig, Policy, opened_thought
 from troupe.policy.adapter.modules import describe_adapter
 from troupe.policy.load import begin_policy
@@ -117,7 +117,7 @@ def load_inputs(
     total_steps = count_steps(
         dataset.in_all, batch_size=learner.batch_size, epochs=learner.epochs, max_steps=learner.max_steps
     )
-    notices += curriculum_notices(config.curriculum, rows=dataset.in_all, prompts=total_steps * learner.batch_size)
+    notices += curriculum_notices(config, rewards.names, rows=dataset.in_all, steps=total_steps)
     return Inputs(
         config=config,
         source=policy.path,

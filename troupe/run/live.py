@@ -12,9 +12,9 @@ import anyio
 import msgspec
 
 from troupe.actors.checkpointer import UNSETTLED
-from troupe.actors.evaluator.settings import HELD_OUT
 from troupe.errors import FolderGoneError, InputError, RewardError, RunError
 from troupe.messages import Activity, Incident, Phase, Status, Update
+from troupe.messages.evaluations import HELD_OUT
 from troupe.rewards import RewardManager
 from troupe.run.beside import RequestHandler, Requests, StallWatch, groups_of, watch_folder
 from troupe.run.cluster import Hub

@@ -8,10 +8,11 @@ import msgspec
 
 from troupe.actors.evaluator.decoding import EvalSet
 from troupe.actors.evaluator.ledger import EarlyStop
-from troupe.actors.evaluator.settings import HELD_OUT, EvaluationSet
+from troupe.actors.evaluator.settings import EvaluationSet
 from troupe.dataset import PromptDataset
 from troupe.environments.loading import check_rows
 from troupe.errors import ConfigError, DatasetError
+from troupe.messages.evaluations import HELD_OUT
 from troupe.policy import NetworkConfig, decode_memory_bytes, is_on_cpu
 from troupe.policy.decode.memory import device_ways
 from troupe.rewards import RewardManager

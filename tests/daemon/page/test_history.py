@@ -156,12 +156,11 @@ async def test_an_incident_that_happens_again_takes_its_own_place() -> None:
     assert (again["message"], again["times"]) == ("late", 403)
     history.add(Happened(incidents=(other, LATE)))
     incidents = [data for kind, data in told(history.since(0)[0]) if kind == "incident"]
-    assert [(data["kind"], data.get("times", 1)) for data in incidents] == [
-        ("odd", 1),
-        ("reward_timeout", 403),
-        ("odd", 1),
-        ("reward_timeout", 1),
-    ]
+    assert [(data["kind"], data.get("times", 1)) for data in incidents] == [("odd", 2), ("reward_timeout", 404)]
+    others = tuple(Incident(actor="scorer", kind=f"kind {number}", message="late") for number in range(4))
+    history.add(Happened(incidents=(*others, LATE)))
+    incidents = [data for kind, data in told(history.since(0)[0]) if kind == "incident"]
+    assert [data.get("times", 1) for data in incidents] == [2, 404, 1, 1, 1, 1, 1], "long ago: told of once more"
 
 
 def test_the_figures_that_are_drawn() -> None:

@@ -126,3 +126,12 @@ async def test_conversations_are_told_in_short() -> None:
     assert len(said) == 25
     assert said[12].text == "378 more messages"
     assert [one.text for one in said[-2:]] == ["199", "higher"]
+
+
+def test_rows_of_an_evaluation_with_one_fault_are_one_incident_and_a_number() -> None:
+    news = News()
+    for row in range(400):
+        news.add(Incident(actor="scorer", kind="late", message=f"evaluation of sums, row {row}: late, row 1: yes"))
+    told = news.collect()
+    assert [incident.message for incident in told.incidents] == ["evaluation of sums: late, row 1: yes"]
+    assert (told.times, told.left_out) == ((400,), 0)

@@ -193,7 +193,10 @@ def test_what_others_print_goes_above_the_display(monkeypatch: pytest.MonkeyPatc
     os.close(ours)
     reader.join()
     os.close(terminal)
-    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", read.decode()).replace("\r", "")
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", read.decode())
+    text = text.replace("\r\n", "\n").replace(
+        "\r", "\n"
+    )  # where a frame is drawn over, however late the first one came
     lines = text.splitlines()
     assert "logged early" in lines
     assert "half a line [red]" in lines

@@ -360,3 +360,13 @@ def test_workers_have_a_line_that_says_first_how_many_are_at_work(width: int) ->
     assert len(drawn(display, width)) <= len(before) + 1
     if width == 160:
         assert shown.endswith("2 gone   laptop 212  studio silent 12 s  old-mini refused  judge idle")
+
+
+def test_without_colours_it_says_the_same() -> None:
+    display = climbing()
+    display.add(Incident(actor="scorer", kind="odd", message="late"))
+    console = Console(file=StringIO(), force_terminal=True, color_system="standard", no_color=True, width=80, height=25)
+    with console.capture() as capture:
+        console.print(display)
+    assert not re.search(r"\x1b\[[0-9;]*\b[34][0-9]\b", capture.get())
+    assert [text.rstrip() for text in re.sub(r"\x1b\[[0-9;]*m", "", capture.get()).splitlines()] == drawn(display, 80)

@@ -197,13 +197,15 @@ def test_every_difference_is_named_with_what_allows_it(tmp_path: Path, stored: R
         ({"metrics__sinks": ["jsonl"], "checkpoint__every": 3, "schedule__watchdog_s": 0.0}, []),
         ({"rewards__concurrency": 1, "learner__max_nonfinite_steps": 1, "schedule__generator": "process"}, []),
         ({"learner__lr": 0.5, "generation__temperature": 0.5}, ["learner.lr", "generation.temperature", "seed2"]),
+        ({"curriculum__easy_weight": 0.5}, ["curriculum.easy_weight"]),
+        ({"curriculum__enabled": True}, ["curriculum.enabled"]),
     ],
 )
 def test_what_is_free_or_allowed(stored: RunConfig, settings: dict[str, Any], allowed: list[str]) -> None:
     known = [key for key in allowed if "." in key]
     found = resume(changed(stored, **settings), *known)
     assert found.changed == {name.replace("__", ".") for name in settings}
-    assert found.samples_anew == ("generation__temperature" in settings)
+    assert found.samples_anew == bool({"generation__temperature", "curriculum__enabled"} & settings.keys())
     if known != allowed:
         with pytest.raises(ConfigError, match=r"--allow-change seed2: there is no such key; did you mean seed\?"):
             resume(changed(stored, **settings), *allowed)

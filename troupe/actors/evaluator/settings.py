@@ -5,12 +5,10 @@ from typing import Annotated
 
 import msgspec
 
+from troupe.messages.evaluations import HELD_OUT
 from troupe.policy import GenerationConfig
 from troupe.policy.decode.sampling import GREEDY_BELOW
 from troupe.rewards.estimates import powers_up_to
-
-HELD_OUT = "held_out"
-"""The set of `data.eval_path`."""
 
 
 class EvaluationSet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

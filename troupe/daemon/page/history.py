@@ -25,6 +25,8 @@ from troupe.records.layout import EVALUATIONS, METRICS
 from troupe.records.sinks.jsonl import decode_step
 
 _STEPS, _GROUPS, _INCIDENTS = 256, 16, 64
+_ALIKE = 4
+"""Incidents, the newest, of which one that happens again is counted and not told of once more."""
 _MOST_FUNCTIONS = 8
 """Reward functions whose curves are kept."""
 _MOST = 1e300
@@ -90,9 +92,8 @@ class History:
         self._steps: deque[Event] = deque(maxlen=_STEPS)
         self._groups: deque[Event] = deque(maxlen=_GROUPS)
         self._incidents: deque[Event] = deque(maxlen=_INCIDENTS)
-        self._same: tuple[str, str, str] | None = None
-        self._times = 0
-        """Of the newest incident: what it is, and how often it happened on end."""
+        self._alike: dict[tuple[str, str, str], tuple[Event, int]] = {}
+        """Of the newest few incidents: what each is → its event, and how often it happened since."""
         self._steps_begin = 0
         """Steps up to this number are known as curves only."""
         self.change = anyio.Event()
@@ -173,14 +174,20 @@ class History:
         return newer, newest
 
     def _incident(self, at: float, actor: str, kind: str, message: str, times: int = 1) -> None:
-        """One that is the same as the newest takes its place: hundreds alike must not push out the others."""
-        if self._same == (actor, kind, message):
-            self._incidents.pop()
-            times += self._times
-        self._same, self._times = (actor, kind, message), times
+        """One that is the same as one of the newest few takes its place: hundreds alike, of which two actors may tell
+        by turns, must not push out the others."""
+        what = (actor, kind, message)
+        before, count = self._alike.pop(what, (None, 0))
+        if before is not None:
+            self._incidents.remove(before)
+        times += count
         data: dict[str, Any] = {"at": at, "actor": actor, "kind": kind, "message": message}
         data |= {"times": times} if times > 1 else {}
-        self._incidents.append(self._event("incident", data))
+        event = self._event("incident", data)
+        self._incidents.append(event)
+        self._alike[what] = event, times
+        if len(self._alike) > _ALIKE:
+            del self._alike[next(iter(self._alike))]
 
     def _event(self, kind: str, data: Any) -> Event:
         return _packed(self._next(), kind, data)

@@ -193,9 +193,9 @@ const handlers = {
     touch("groups");
   },
   incident(incident) {
-    const [last] = incidents; // one that happened once more is told anew, with how often
-    const again = last && incident.times > 1 && ["actor", "kind", "message"].every((key) => last[key] === incident[key]);
-    incidents = [incident, ...incidents.slice(again ? 1 : 0)].slice(0, 64);
+    const isSame = (one) => ["actor", "kind", "message"].every((key) => one[key] === incident[key]);
+    const again = incident.times > 1 ? incidents.findIndex(isSame) : -1; // once more: told anew, with how often
+    incidents = [incident, ...incidents.filter((_, i) => i !== again)].slice(0, 64);
     touch("incidents");
   },
   status(told) {
