@@ -100,6 +100,7 @@ def test_a_run_may_end_when_all_is_mastered_and_what_is_under_way_is_finished() 
     assert of.is_retired
     assert int(of.end or 0) == 2, "step 1 was chosen before"
     assert "ends after step 2" in of.news()
+    assert (of.why_over(1), "ended with step 2" in of.why_over(2)) == ("", True)
     assert not of.news(), "once is enough"
     again = curriculum(rows=2, ahead=1, attempts=0, stop_when_retired=True)
     again.restore(of.state(), 1)

@@ -152,6 +152,23 @@ async def test_drain_before_the_start_begins_no_step() -> None:
     assert ended(rig.generator)
 
 
+async def test_no_step_begins_without_rows_even_where_that_is_known_amid_sending() -> None:
+    class Ending(PromptSchedule):
+        end: int | None = None
+
+    rig = Rig(credits_=6)
+    dataset = PromptDataset.from_rows([{"prompt": f"row {i}"} for i in range(ROWS)])
+    rig.schedule = schedule = Ending(dataset, [(1,)] * ROWS, batch_size=P, seed=0, shuffle=False)
+    rig.prompts = rig.generator.channel("few prompts", Prompt, bound=1)
+    rig.prompter = rig.another()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(rig.prompter.run)
+        await anyio.wait_all_tasks_blocked()
+        schedule.end = 1
+        assert [gid for _ in range(6) for gid in await rig.issued()] == [0, 1, 2]
+        rig.closed.close()
+
+
 async def test_a_group_closed_twice_is_a_fault() -> None:
     rig = Rig(credits_=3)
     await rig.prompter.start()

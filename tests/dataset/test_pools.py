@@ -138,6 +138,15 @@ def test_what_is_mastered_is_drawn_no_more_and_comes_back_when_it_should() -> No
     assert set(shown) == set(range(8))
 
 
+def test_rows_come_back_when_none_is_to_be_retired_any_more() -> None:
+    before = pools(8, config(revisit_every=None))
+    go_through(before, 60, dict.fromkeys(range(6), 1.0), size=2)
+    there = pools(8, config(revisit_every=None, retire_at=None))
+    there.restore(before.records.values(), before.away, before.turns)
+    there.recall(60)
+    assert (there.counts["retired"], there.counts["easy"]) == (0, 6)
+
+
 def test_where_all_is_mastered_the_rows_of_the_lowest_pass_rates_come() -> None:
     there = pools(5, config(revisit_every=None, retire_at=0.5))
     rates = {0: 0.9, 1: 0.6, 2: 1.0, 3: 0.7, 4: 0.8}

@@ -14,6 +14,8 @@ import msgspec
 import pytest
 
 from troupe.errors import FolderGoneError, OutputError
+from troupe.messages import Evaluated
+from troupe.records.evaluations import read_evaluations, write_evaluations
 from troupe.run.config import RunConfig, load_config, write_config
 from troupe.run.folder import RunFolder, is_as_written, run_folder, seal
 from troupe.run.ledgers import Factories
@@ -85,6 +87,16 @@ def test_a_folder_is_taken_made_ready_and_left(tmp_path: Path) -> None:
     place.leave()
     assert names_in(place.path) == {"run.toml"}
     assert load_config(place.path / "run.toml") == config
+
+
+def test_evaluations_of_steps_that_are_made_again_are_not_taken_for_those_of_the_new_ones(tmp_path: Path) -> None:
+    config = config_of(tmp_path / "run")
+    place = RunFolder.take(config, resume=False)
+    told = [Evaluated(version=version, name="a", metrics={}, rows=()) for version in (0, 10, 20)]
+    write_evaluations(place.path, told)
+    place.begin(config, told[:2])
+    assert [each.version for each in read_evaluations(place.path)] == [0, 10]
+    place.leave()
 
 
 def test_a_second_start_is_refused_with_the_first_one_s_process_and_touches_nothing(tmp_path: Path) -> None:

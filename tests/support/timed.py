@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
+import anyio
 import msgspec
 
 from tests.support import virtual_time
@@ -39,6 +40,8 @@ class Work(msgspec.Struct, frozen=True, kw_only=True):
     """Of the environment, for its answer to each turn."""
     learn_s: float
     """Of the device."""
+    late_s: float = 0.0
+    """By how much longer the environment takes for every other sample."""
     one_device: bool = False
     """Whether generator and learner share one; else each has its own."""
 
@@ -206,7 +209,7 @@ class TimedAnswers(FakeAnswers):
         return Answer(said={})
 
     async def answer(self, name: Any, turn: int, token_ids: Sequence[int], said: Said) -> Answer:
-        self.delay_s = lambda: self._work.answer_s[turn - 1]
+        self.delay_s = lambda: self._work.answer_s[turn - 1] + self._work.late_s * (name.sample % 2)
         answer = Answer(
             said=said.message, messages=({"role": "user", "content": "!"},), done=turn == len(self._work.answer_s)
         )
@@ -226,8 +229,36 @@ def step_s(work: Work, **schedule: Any) -> float:
     return (ends_s[17] - ends_s[5]) / 12
 
 
-def _run(work: Work, folder: str, steps: int, ends_s: list[float], schedule: ScheduleConfig) -> None:
+def waits_s(work: Work, **schedule: Any) -> list[float]:
+    """Virtual seconds that somebody in no hurry waits for the generator's device, again and again."""
+    found = list[float]()
+
+    async def ask(device: DeviceThread) -> None:
+        while True:
+            await anyio.sleep(1.0)
+            began_s = anyio.current_time()
+            async with device.turn(hurried=False):
+                found.append(anyio.current_time() - began_s)
+
+    with TemporaryDirectory(prefix="troupe-timed-") as folder:
+        _run(work, folder, 20, [], ScheduleConfig(generator="thread", watchdog_s=0.0, **schedule), beside=ask)
+    return found
+
+
+def _run(
+    work: Work,
+    folder: str,
+    steps: int,
+    ends_s: list[float],
+    schedule: ScheduleConfig,
+    beside: Callable[[DeviceThread], Coroutine[Any, Any, None]] | None = None,
+) -> None:
     generator = Device()
+    threads: dict[str, DeviceThread] = {}
+
+    def thread(name: str) -> DeviceThread:
+        return threads.setdefault(name, TimedThread(computing.get(name) or Device()))
+
     learner = generator if work.one_device else Device()
     config = RunConfig(
         output=f"{folder}/run",
@@ -251,7 +282,7 @@ def _run(work: Work, folder: str, steps: int, ends_s: list[float], schedule: Sch
     computing = {"generator": generator, "learner": learner}
     factories = msgspec.structs.replace(
         factories,
-        device=lambda name: TimedThread(computing.get(name) or Device()),
+        device=thread,
         engine=lambda *_, **__: TimedEngine(work, generator),
         trainer=partial(
             TimedTrainer, hooks=Hooks(), ledger=ledger, real_statistics=False, work=work, device=learner, ends_s=ends_s
@@ -259,7 +290,10 @@ def _run(work: Work, folder: str, steps: int, ends_s: list[float], schedule: Sch
     )
 
     async def perform() -> None:
-        async with Supervisor(config, factories=factories) as run:
+        async with Supervisor(config, factories=factories) as run, anyio.create_task_group() as tasks:
+            if beside is not None:
+                tasks.start_soon(beside, threads["generator"])
             await run.wait()
+            tasks.cancel_scope.cancel()
 
     virtual_time.run(perform)

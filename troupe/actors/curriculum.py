@@ -58,6 +58,13 @@ class Curriculum:
             f"every one of the {self._rows} rows is retired (curriculum.retire_at {self.config.retire_at:g}); {goes_on}"
         )
 
+    def why_over(self, version: int) -> str:
+        """Why no step comes after a version, in a sentence; empty where it is not the curriculum that says so."""
+        if self.end is None or version < self.end:
+            return ""
+        why = f"every one of the {self._rows} rows is retired (curriculum.stop_when_retired)"
+        return f"{why}, so the run ended with step {version:,}"
+
     def row(self, slot: Slot) -> int:
         """The row of a slot of a step that is not learned yet."""
         chosen = self._chosen.get(slot.step) or self._choose(slot.step)

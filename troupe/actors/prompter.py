@@ -84,9 +84,7 @@ class Prompter(Actor):
         """Send what holds a credit, and then as much more as may be begun."""
         ledger = self._ledger
         await self._send()
-        if (end := self._schedule.end) is not None:
-            ledger.end = min(ledger.end, end * self._schedule.batch_size)
-            ledger.draining = True
+        self._end_with_the_rows()
         while ledger.next < self._limit and self._credits.free:
             step, place = divmod(ledger.next, self._schedule.batch_size)
             prompt = self._schedule.prompt(Slot(step=step, place=place))
@@ -94,9 +92,16 @@ class Prompter(Actor):
             self._begin(prompt)
             ledger.next += 1
             await self._send()
+            self._end_with_the_rows()
         may_come = self._replaces and ledger.alive
         if ledger.next >= ledger.end and not may_come and not self._prompts.closed:
             self._prompts.close()
+
+    def _end_with_the_rows(self) -> None:
+        """Begin no step that there are no rows for, which may be known at any moment."""
+        if (end := self._schedule.end) is not None:
+            self._ledger.end = min(self._ledger.end, end * self._schedule.batch_size)
+            self._ledger.draining = True
 
     @property
     def _begun_steps(self) -> int:

@@ -81,10 +81,11 @@ class Pools:
 
     def recall(self, step: int) -> None:
         """Rows whose retirement is over when a step is chosen are easy again."""
-        every = self._config.revisit_every
+        every, retired = self._config.revisit_every, self._pools["retired"]
+        if self._config.retire_at is None:  # any more: a resume may have it so
+            every = 0
         if every is None:
             return
-        retired = self._pools["retired"]
         while retired and retired[0][0] + every <= step:  # the one that was seen last longest ago
             row = retired[0][2]
             self._take_out(row)

@@ -1,6 +1,6 @@
 """`evaluations.jsonl`: what versions of a run's policy came to on each set, a line each; written whole every time."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -22,6 +22,13 @@ def write_evaluations(run: Path, evaluations: Iterable[Evaluated]) -> None:
     with drafted(run / EVALUATIONS, durable=True) as draft:
         lines = [_Line(version=e.version, name=e.name, seconds=e.seconds, metrics=dict(e.metrics)) for e in evaluations]
         draft.write_bytes(b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
+
+
+def cut_evaluations(run: Path, kept: Sequence[Evaluated]) -> None:
+    """Leave only these in the file of a run: the others are of steps that are made again, and might be taken for those
+    of the new ones. OSError where the disk fails."""
+    if len(read_evaluations(run)) != len(kept):
+        write_evaluations(run, kept)
 
 
 def read_evaluations(run: Path) -> tuple[Evaluated, ...]:

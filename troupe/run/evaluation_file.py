@@ -22,6 +22,15 @@ from troupe.records.store.text import json_text, safe_text
 from troupe.run.evaluate import Questions
 
 _LONGEST = 60
+_OF_THE_MACHINE = (
+    "run",
+    "processes",
+    "concurrency",
+    "start_timeout_s",
+    "breaker_failures",
+    "breaker_max_wait_s",
+)
+"""Keys of [environment] that say how it is run, and not what episodes come to."""
 
 
 class _Line(msgspec.Struct, frozen=True, kw_only=True):
@@ -156,7 +165,7 @@ def identity_of(models: Sequence[tuple[str, Path | None]], questions: Questions,
         "generation": _told(questions.generation, "num_generations"),
         "data": _told(questions.data, "path", "eval_path"),
         "scoring": {"weights": questions.scoring.weights},
-        "acts": questions.world is not None,
+        "environment": None if questions.world is None else _told(questions.world.config, *_OF_THE_MACHINE),
     }
 
 

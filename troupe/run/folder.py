@@ -7,6 +7,7 @@ import hashlib
 import re
 import shlex
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import msgspec
 from troupe.actors.generator.locked_folder import SHARED_MEMORY, remove_leftovers
 from troupe.dataset import source_name
 from troupe.errors import ConfigError, FolderGoneError, OutputError
+from troupe.messages import Evaluated
+from troupe.records.evaluations import cut_evaluations
 from troupe.records.layout import RUN_TOML, is_of_no_run
 from troupe.run.config import RunConfig, write_config
 from troupe.run.folder_names import run_folder_named
@@ -93,11 +96,14 @@ class RunFolder:
             raise
         return place
 
-    def begin(self, config: RunConfig) -> None:
-        """Clear away what a killed run left, and store the config. OutputError where the folder cannot be written."""
+    def begin(self, config: RunConfig, evaluated: Sequence[Evaluated] = ()) -> None:
+        """Clear away what a killed run left, and store the config. OutputError where the folder cannot be written.
+
+        `evaluated`: what it goes on from; evaluations of later versions will be made again."""
         self.check()
         try:
             remove_leftovers(SHARED_MEMORY, self.path)
+            cut_evaluations(self.path, evaluated)
             _store(config, self.path / RUN_TOML)
             self._config = config
         except OSError as error:

@@ -123,7 +123,8 @@ def _make_writer(
     def judged() -> Judged:
         if not metric.startswith(OF_EVALUATION):
             return Judged()
-        return Judged(evaluations.values(metric), evaluations.pending.keys())
+        pending = evaluations.pending.keys()  # first: what is done with meanwhile has its value then
+        return Judged(evaluations.values(metric), pending)
 
     def run_state(snapshot: Snapshot) -> RunState:
         standing = rewards.standing(snapshot.version)

@@ -287,8 +287,14 @@ class LiveRun:
             accuracy_after=after.get("accuracy"),
             rewards_before=self._of_rewards(before),
             rewards_after=self._of_rewards(after),
-            stopped_early=self._stopped_early,
+            stopped_early=self._stopped_early or self._out_of_rows(version),
         )
+
+    def _out_of_rows(self, version: int) -> str:
+        """Why no row was left, where that ended the run."""
+        inputs = self._prepared.inputs
+        curriculum = inputs.schedule.curriculum
+        return "" if curriculum is None or version >= inputs.total_steps else curriculum.why_over(version)
 
     def _held_out(self, version: int) -> dict[str, float]:
         """What a version came to on the set of `data.eval_path`."""

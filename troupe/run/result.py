@@ -35,7 +35,8 @@ class RunResult(msgspec.Struct, frozen=True, kw_only=True):
     """Mean score of each reward on the held-out rows, greedy, before training; those that scored none are left out."""
     rewards_after: dict[str, float] = {}
     stopped_early: str = ""
-    """Why the run ended before its last step, where `evaluation.patience` had it end."""
+    """Why the run ended before its last step, where `evaluation.patience` or `curriculum.stop_when_retired` had it
+    end."""
 
     @property
     def complete(self) -> bool:

@@ -126,7 +126,7 @@ def judged_by(config: RunConfig, sets: Sequence[EvalSet]) -> list[str]:
 
 def early_stop(config: RunConfig, sets: Sequence[EvalSet]) -> EarlyStop | None:
     """What may end the run early; None: nothing. ConfigError for a metric that no evaluation has."""
-    evaluation = config.evaluation
+    evaluation, best = config.evaluation, config.checkpoint.metric_for_best
     if evaluation.metric is not None:
         _check_figure("evaluation.metric", evaluation.metric, sets)
     if not evaluation.patience:
@@ -136,7 +136,8 @@ def early_stop(config: RunConfig, sets: Sequence[EvalSet]) -> EarlyStop | None:
             f"evaluation.patience is {evaluation.patience}, but there is nothing to evaluate; give data.eval_path or "
             "[[evaluation.sets]]"
         )
-    best = config.checkpoint.metric_for_best
+    if evaluation.metric is None and best.startswith(OF_EVALUATION):
+        _check_figure("checkpoint.metric_for_best", best, sets)
     metric = evaluation.metric or (best if best.startswith(OF_EVALUATION) else sets[0].figures[0])
     return EarlyStop(config=evaluation, metric=metric, greater_is_better=config.checkpoint.greater_is_better)
 

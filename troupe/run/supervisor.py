@@ -303,7 +303,7 @@ class Supervisor:
         )
         place.check()  # loading takes a while
         remove_summary(place.path)  # before run.toml asks for more steps than it speaks of
-        place.begin(prepared.config)
+        place.begin(prepared.config, prepared.start.evaluated)
         for change in prepared.start.new_changes:
             ChangesLog(place.path).add(change)
         return prepared

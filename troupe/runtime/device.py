@@ -82,6 +82,11 @@ class Turns:
         self.is_taken = False
         self._waiting: tuple[deque[anyio.Event], deque[anyio.Event]] = (deque(), deque())
 
+    @property
+    def is_wanted(self) -> bool:
+        """Whether somebody waits for a turn."""
+        return any(self._waiting)
+
     async def take(self, *, hurried: bool = True) -> None:
         """Wait for a turn; `give` ends it."""
         if not self.is_taken:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.timed import Work, step_s
+from tests.support.timed import Work, step_s, waits_s
 
 pytestmark = pytest.mark.no_cover
 
@@ -35,3 +35,8 @@ def test_on_one_device_two_steps_get_in_each_others_way_and_three_fill_it(work: 
 @pytest.mark.parametrize("work", WORKS[1:4:2])
 def test_the_free_schedule_hides_them_too(work: Work) -> None:
     assert step_s(work, mode="free", max_staleness=1) <= 1.15 * work.device_s
+
+
+def test_the_free_schedule_gives_the_device_to_who_waits_when_the_turns_under_way_end() -> None:
+    out_of_step = Work(turn_s=(1.0,) * 4, answer_s=(0.25,) * 4, learn_s=0.1, late_s=1.0)
+    assert max(waits_s(out_of_step, mode="free", max_staleness=4)) <= 1.01

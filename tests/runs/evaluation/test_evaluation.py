@@ -174,6 +174,14 @@ def test_the_best_checkpoint_is_that_of_the_best_evaluation(tmp_path: Path, ragg
     ("settings", "message"),
     [
         ({"checkpoint__metric_for_best": "eval/sampled/avg@3"}, "did you mean eval/sampled/avg@2"),
+        (
+            {
+                "checkpoint__metric_for_best": "eval/sampled/avg@3",
+                "checkpoint__keep_best": False,
+                "evaluation__patience": 1,
+            },
+            "did you mean eval/sampled/avg@2",
+        ),
         ({"evaluation__metric": "eval/nobody"}, "evaluation.metric is 'eval/nobody', which no evaluation has"),
         (
             {"checkpoint__metric_for_best": "eval/held_out/avg@1", "evaluation__every": 0},

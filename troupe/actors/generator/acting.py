@@ -224,10 +224,11 @@ class ActingGenerator(Actor):
         return serve
 
     async def _join_more(self, pool: Pool, session: OpenSession, most_at_once: int) -> None:
+        """What becomes ready goes along, as long as nobody else waits for the device: else it would never be free."""
         while True:
             await pool.news()
             await self._turn_over(pool)
-            if pool.under_way:  # else it is ending
+            if pool.under_way and not self._device.turns.is_wanted:  # else it is ending
                 session.join(pool.requests(most_at_once))
 
     async def _follow(self, version: int) -> None:

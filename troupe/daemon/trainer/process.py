@@ -179,7 +179,8 @@ def _finished(folder: Path, config: RunConfig) -> Finished | None:
         return None
     whole = load_config(folder / RUN_TOML)
     stored, asked = whole.learner, config.learner
-    over = summary.steps >= summary.total_steps or (summary.stopped_early and whole.evaluation == config.evaluation)
+    ends_alike = (whole.evaluation, whole.curriculum) == (config.evaluation, config.curriculum)
+    over = summary.steps >= summary.total_steps or (summary.stopped_early and ends_alike)
     as_long = (stored.epochs, stored.max_steps, stored.batch_size) == (asked.epochs, asked.max_steps, asked.batch_size)
     if not over or not as_long:
         return None
