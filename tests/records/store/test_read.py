@@ -302,7 +302,10 @@ def test_figures_that_are_no_json_are_damage_and_a_trend_does_without(folder: Pa
     """A run that goes on, and `troupe status`, ask for the trend: neither may end by what it finds."""
     with closing(sqlite3.connect(folder / STORE)) as connection, connection:
         connection.execute("UPDATE steps SET metrics = '{\"reward\": 0..5}'")
-    with pytest.raises(OutputError, match="is damaged: JSON is malformed"), open_store(folder) as run:
+    with (
+        pytest.raises(OutputError, match="the run store holds what no run wrote: JSON is malformed"),
+        open_store(folder) as run,
+    ):
         run.values("reward", 10)
     assert stored_rewards(folder) == ()
 
