@@ -56,7 +56,7 @@ def test_models_are_lines_of_a_table_and_compared_with_the_first() -> None:
     assert text[3:] == [
         "",
         "b against a: mean score +0.0000 (95 % between -1.2421 and +1.2421)",
-        "  1 rows better, 1 worse, 1 equal, 1 left out (no score)",
+        "  1 row better, 1 worse, 1 equal, 1 left out (no score)",
         "  this may be noise: p = 1, exact sign test over 3 rows",
     ]
     assert list(rows_that_differ(FIRST, SECOND)) == [

@@ -28,3 +28,13 @@ def test_a_version_that_is_told_of_twice_counts_once() -> None:
     for accuracy in (0.5, 0.25):
         held_out.add(10, "sums", {"eval/sums/accuracy": accuracy})
     assert str(held_out.sets["sums"]) == "accuracy 25.0% at step 10"
+
+
+def test_a_version_without_a_score_is_a_gap_and_no_other_figure() -> None:
+    """A judge that was down before the first step, and once more amid the run."""
+    held_out = HeldOut()
+    scored = {"eval/sums/avg@4": 0.5, "eval/sums/avg@4_se": 0.125}
+    for version, scores in ((0, {}), (10, scored), (20, {}), (30, {"eval/sums/avg@4": 0.75})):
+        held_out.add(version, "sums", {**scores, "eval/sums/length": 9.0})
+    told = held_out.sets["sums"]
+    assert (told.figure, dict(told.values), dict(told.errors)) == ("avg@4", {10: 0.5, 30: 0.75}, {10: 0.125})

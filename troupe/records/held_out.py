@@ -22,8 +22,8 @@ class SetStanding(msgspec.Struct, frozen=True, kw_only=True):
     """What stands after `eval/NAME/`."""
     values: Mapping[int, float] = {}
     """Version → its value, in the order in which they were told."""
-    error: float | None = None
-    """Standard error of the newest."""
+    errors: Mapping[int, float] = {}
+    """Version → the standard error of its value, where that is known."""
 
     @property
     def is_share(self) -> bool:
@@ -36,7 +36,7 @@ class SetStanding(msgspec.Struct, frozen=True, kw_only=True):
 
         versions = list(self.values)
         first, newest = versions[0], versions[-1]
-        error = "" if self.error is None else f" ± {told(self.error)}"
+        error = f" ± {told(self.errors[newest])}" if newest in self.errors else ""
         line = f"{told(self.values[newest])}{error} at step {newest:,}"
         if first == newest:
             return f"{self.figure} {line}"
@@ -53,13 +53,18 @@ class HeldOut:
     def add(self, version: int, name: str, metrics: Mapping[str, float]) -> None:
         """The figures `eval/NAME/…` of one set with one version."""
         figures = {key.removeprefix(f"{_PREFIX}{name}/"): value for key, value in metrics.items()}
-        before = self.sets.get(name)
-        figure = most_telling(figures) if before is None else before.figure
-        if figure is None or figure not in figures:
+        before, figure = self.sets.get(name), most_telling(figures)
+        if figure is None:
             return
-        values = {**({} if before is None else before.values), version: figures[figure]}
-        standing = SetStanding(figure=figure, values=values, error=figures.get(figure + _ERROR))
-        self.sets = {**self.sets, name: standing}
+        if before is None or _place(figure) < _place(before.figure):  # what was told before had no score
+            before = SetStanding(figure=figure)
+        if before.figure not in figures:
+            return
+        values = {**before.values, version: figures[before.figure]}
+        errors = {place: error for place, error in before.errors.items() if place != version}
+        if (error := figures.get(before.figure + _ERROR)) is not None:
+            errors[version] = error
+        self.sets = {**self.sets, name: SetStanding(figure=before.figure, values=values, errors=errors)}
 
     def lines(self, encoding: str = "utf-8") -> list[tuple[str, str]]:
         """(name, in words) of each set; of one that is alone with the rows of `data.eval_path` without its name."""
@@ -75,3 +80,8 @@ def most_telling(figures: Mapping[str, float]) -> str | None:
         if found := [name for name in names if name.startswith(beginning)]:
             return found[-1]
     return names[0] if names else None
+
+
+def _place(figure: str) -> int:
+    """The lower, the more it tells."""
+    return next((i for i, beginning in enumerate(_MOST_TELLING) if figure.startswith(beginning)), len(_MOST_TELLING))

@@ -70,16 +70,18 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     def counts(self) -> str:
         """The rows in words."""
         left_out = f", {self.left_out} left out (no score)" if self.left_out else ""
-        return f"{len(self.better)} rows better, {len(self.worse)} worse, {self.ties} equal{left_out}"
+        rows = "row" if len(self.better) == 1 else "rows"
+        return f"{len(self.better)} {rows} better, {len(self.worse)} worse, {self.ties} equal{left_out}"
 
     @property
     def verdict(self) -> str:
         """Whether the difference is more than noise, in words."""
+        rows = f"{self.rows} row{'' if self.rows == 1 else 's'}"
         if not self.better and not self.worse:
-            return f"no difference over {self.rows} rows"
+            return f"no difference over {rows}"
         test = "exact sign test" if self.test == "sign" else "paired t-test"
         word = "more than noise" if self.is_more_than_noise else "this may be noise"
-        return f"{word}: p = {self.p:.2g}, {test} over {self.rows} rows"
+        return f"{word}: p = {self.p:.2g}, {test} over {rows}"
 
 
 def over_rows(values: Sequence[float]) -> Estimate | None:

@@ -51,7 +51,7 @@ SICK: dict[str, tuple[Figures, str, str]] = {
     "nonfinite": (lambda ill: {"nonfinite": float(ill > 0)}, "of the last 20 updates", "learner.lr=5e-07"),
     "entropy_explosion": (lambda ill: STILL | {"entropy": 0.4 + 2 * ill}, "rose from 0.4", "learner.lr=5e-07"),
     "kl_explosion": (lambda ill: {"kl": 0.05 + 6 * ill}, "nats a token", "--set learner.beta=0.04"),
-    "reward_down": (lambda ill: {"reward": 0.6 - 0.5 * ill}, "from 0.4", "learner.lr=5e-07"),
+    "reward_down": (lambda ill: {"reward": 0.6 - 0.5 * ill}, "from 0.4", "learner.lr=1e-07"),
     "entropy_collapse": (lambda ill: STILL | {"entropy": 0.4 - 0.395 * ill}, "fell from 0.4", "entropy_coef=0.001"),
     "no_signal": (lambda ill: STILL | {"frac_reward_zero_std": 0.3 + 0.65 * ill}, "95%", "dynamic_sampling=true"),
     "cut": (lambda ill: STILL | {"completions/clipped_ratio": 0.2 + 0.8 * ill}, "cut at 512", "length=1024"),
@@ -97,6 +97,12 @@ def test_a_rule_fires_with_its_evidence_and_a_remedy_and_alone(rule: str) -> Non
     assert diagnosis.metrics[f"diagnosis/{rule}"] == 1.0
 
 
+def test_a_reward_that_fell_back_not_below_its_beginning_asks_for_half_the_rate() -> None:
+    rewards = [0.2] * 8 + [0.9] * 40 + [0.4] * 40
+    told = by_rule(watched(*(well(step) | {"reward": reward} for step, reward in enumerate(rewards, 1))))
+    assert told["reward_down"].remedy == "--set learner.lr=5e-07"
+
+
 def test_every_rule_has_a_sick_run() -> None:
     assert {rule.name for rule in RULES} == {*SICK, "held_out_down"}
 
@@ -114,8 +120,8 @@ def test_a_recorded_run_whose_rate_was_far_too_high_is_told_of_at_once() -> None
     whole = watched(*figures, config=config)
     assert set(by_rule(whole)) == {"reward_down", "no_signal", "cut", "entropy_explosion"}
     told = "the reward falls: from 0.071 at best to 0.000 (since step 28); try "
-    assert in_a_line(whole.findings) == told + "--set learner.lr=0.002 (+2 more)"
-    assert in_a_line(whole.findings, "a run") == told + "troupe set 'a run' learner.lr=0.002 (+2 more)"
+    assert in_a_line(whole.findings) == told + "--set learner.lr=0.0005 (+2 more)"
+    assert in_a_line(whole.findings, "a run") == told + "troupe set 'a run' learner.lr=0.0005 (+2 more)"
 
 
 def test_a_run_that_has_learned_everything_is_not_sick() -> None:

@@ -75,7 +75,17 @@ def test_all_charts_are_drawn(tmp_path: Path, browser: Any) -> None:
     for part in ("Reward\n120\n⋯", "1.00e−6", "50.0 % at work"):
         assert part in text
     assert tab.page.evaluate("document.documentElement.scrollWidth") == 1280
+    _draw_twice_at_once(tab)
     tab.close()
+
+
+def _draw_twice_at_once(tab: Tab) -> None:
+    """The second has fewer lines; the first draws once more when its place is taken."""
+    tab.page.evaluate(
+        "() => { const place = document.querySelector('.chart'), { spec } = place.troupeChart;"
+        "for (const times of [3, 1]) troupeChart(place, { ...spec, series: Array(times).fill(spec.series[0]) }); }"
+    )
+    assert tab.of_each("s.lines.length")[0] == 1
 
 
 def test_what_a_reader_does(tmp_path: Path, browser: Any) -> None:

@@ -52,11 +52,8 @@ def read_curves(path: Path) -> Curves:
 def held_out(evaluations: Iterable[Evaluated]) -> list[dict[str, Any]]:
     """Of each set the figure that says most: its name, and versions, values and standard errors of the same length."""
     told = HeldOut()
-    errors: dict[str, list[float | None]] = {}
     for evaluated in evaluations:
         told.add(evaluated.version, evaluated.name, evaluated.metrics)
-        if evaluated.name in told.sets:
-            errors.setdefault(evaluated.name, []).append(told.sets[evaluated.name].error)
     return [
         {
             "name": name,
@@ -64,10 +61,9 @@ def held_out(evaluations: Iterable[Evaluated]) -> list[dict[str, Any]]:
             "share": standing.is_share,
             "step": list(standing.values),
             "y": [_rounded(value) for value in standing.values.values()],
-            "errors": [None if error is None else _rounded(error) for error in errors[name]],
+            "errors": [_rounded(standing.errors[at]) if at in standing.errors else None for at in standing.values],
         }
         for name, standing in told.sets.items()
-        if len(errors[name]) == len(standing.values)
     ]
 
 

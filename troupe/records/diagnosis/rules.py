@@ -122,7 +122,8 @@ def _reward_down(of: History) -> Found | None:
     best = max(of.peak("reward") or start, start)
     if best - now <= LOST * (of.peak("reward_std") or 0.0) + _chance(of):
         return None
-    return Found(f"from {best:.3f} at best to {now:.3f}", _other_rate(of, 0.5))
+    times = 0.1 if now < start - _chance(of) else 0.5  # below its beginning: broken, not only shaken
+    return Found(f"from {best:.3f} at best to {now:.3f}", _other_rate(of, times))
 
 
 def _entropy_collapse(of: History) -> Found | None:

@@ -133,7 +133,7 @@ function calmly() {
 
 // as records/diagnosis/words.py tells it
 function diagnosed({ title, evidence, since, remedy }) {
-  const command = remedy.replace(/^--set (?=learner\.lr=)/, `troupe set ${at("folder").textContent} `);
+  const command = remedy.replace(/^--set (?=learner\.lr=)/, () => `troupe set ${quoted(at("folder").textContent)} `);
   return `Diagnosis: ${title}: ${evidence} (since step ${whole(since)}); try ${command}`;
 }
 

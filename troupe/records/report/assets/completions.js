@@ -277,7 +277,6 @@ function troupeCompletions(parent, source) {
 
 // the command that writes the same
 function commandOf(folder, filter) {
-  const quoted = (text) => (/^[\w./:=+-]+$/.test(text) ? text : `'${String(text).replaceAll("'", "'\\''")}'`);
   const parts = ["troupe inspect", quoted(visible(folder))];
   const [first, last] = [filter.first_step, filter.last_step];
   if (first !== undefined || last !== undefined) parts.push(`--steps ${first ?? ""}:${last ?? ""}`);

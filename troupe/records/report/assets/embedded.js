@@ -32,8 +32,8 @@ function embeddedCompletions(data) {
     return held.sort((a, b) => sign * (value(a, filter) - value(b, filter)) || a.gid - b.gid || a.sample - b.sample);
   };
   const lined = (one) => ({ ...one, start: few(one.text, 240) });
-  const asRow = ({ prompt, text, reward, advantage, scores, step, row, gid, sample, tokens, finish_reason, state, columns }) =>
-    JSON.stringify({ prompt, completion: text, reward, advantage, scores, step, row, gid, sample, tokens, finish_reason, state, columns });
+  const asRow = ({ prompt, text, reward, advantage, scores, step, row, gid, sample, tokens, finish_reason, state, columns, left_out }) =>
+    JSON.stringify({ prompt, completion: text, reward, advantage, scores, step, row, gid, sample, tokens, finish_reason, state, columns, left_out });
   return {
     ...data,
     piece: async (filter, after) => {

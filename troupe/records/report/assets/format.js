@@ -65,6 +65,11 @@ function formatValue(value, format) {
   return known(value) ? (FORMATS[format] || plain)(value) : "–";
 }
 
+// a text as a shell takes it for one word
+function quoted(text) {
+  return /^[\w./:=+-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`;
+}
+
 function html(tag, className, parent, text) {
   const node = document.createElement(tag);
   if (className) node.className = className;

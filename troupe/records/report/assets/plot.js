@@ -67,7 +67,11 @@ const chartPlot = (() => {
 
   function options(state, does) {
     const count = state.lines.length;
-    const lineOf = (i) => state.lines[(i - 1) % count];
+    let own = state.lines;
+    const lineOf = (i) => {
+      if (state.lines.length === count) own = state.lines; // else another plot is there, and this one draws once more
+      return own[(i - 1) % count];
+    };
     const stroke = (plot, i) => {
       const line = lineOf(i);
       return colour(`series-${line.colour}`, i <= count && isSmooth(state, line) ? FAINT : 1);
