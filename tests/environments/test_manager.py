@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -25,12 +26,13 @@ from tests.environments.playing import (
     until,
 )
 from tests.rewards.scoring import is_alive
-from troupe.environments.events import View
+from troupe.environments.events import EnvironmentEvents, View
 from troupe.environments.ledger import EpisodeName
 from troupe.environments.loading import load_world
 from troupe.environments.manager import EnvironmentManager
 from troupe.environments.settings import EnvironmentConfig
 from troupe.errors import WorldError
+from troupe.messages import Incident
 
 pytestmark = [pytest.mark.anyio, pytest.mark.alone]
 
@@ -73,6 +75,14 @@ async def test_loop_threads_and_processes_give_equal_answers() -> None:
         {"total": 10, "words": ["one", "a", "stop"]},
         "",
     )
+
+
+def test_a_row_that_is_evaluated_is_told_by_its_number() -> None:
+    told, events = list[Incident](), EnvironmentEvents(EnvironmentConfig())
+    events.listen(told.append)
+    talk: Any = SimpleNamespace(name=EpisodeName(-1 - (5 * 2**42 + 3), 1), spec=SimpleNamespace(is_live=False))
+    events.tell("tool_error", "no", talk, 2)
+    assert told[0].message == "tools, row 3 that is evaluated, sample 1, turn 2: no"
 
 
 @pytest.mark.parametrize("run", ["thread", pytest.param("process", marks=pytest.mark.slow)])

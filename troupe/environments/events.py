@@ -11,6 +11,7 @@ from troupe.environments.handles import Talk
 from troupe.environments.settings import EnvironmentConfig
 from troupe.messages import Incident
 from troupe.messages.episodes import Answer
+from troupe.messages.evaluations import row_of
 
 
 class Ending(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,7 +74,8 @@ class EnvironmentEvents:
             gid = talk.name.gid
             of = f"environment {talk.spec.label}" if talk.spec.is_live else "tools"
             when = "at its end" if turn < 0 else f"turn {turn}"
-            message = f"{of}, group {gid}, sample {talk.name.sample}, {when}: {message}"
+            whose = f"group {gid}" if gid >= 0 else f"row {row_of(gid)} that is evaluated"
+            message = f"{of}, {whose}, sample {talk.name.sample}, {when}: {message}"
         if self._listener is not None:
             self._listener(Incident(actor="environment", kind=kind, message=message, gid=gid))
 

@@ -9,6 +9,14 @@ import msgspec
 HELD_OUT = "held_out"
 """Name of the set of `data.eval_path`."""
 
+MOST_ROWS = 2**32
+"""Of a set: by it groups that are evaluated have their gids, which are below 0."""
+
+
+def row_of(gid: int) -> int:
+    """The row of a group that was evaluated."""
+    return (-1 - gid) % MOST_ROWS if gid < 0 else gid
+
 
 class Evaluate(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Learner → Evaluator: look at a version. Its weights go by reference: never serialized."""

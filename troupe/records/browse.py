@@ -190,7 +190,7 @@ def part_of(run: StoredRun, folder: Path) -> dict[str, Any]:
 def _says(rows: Sequence[Opened], total: int, folder: Path) -> str:
     return (
         f"this page has {len(rows):,} of {total:,} completions: the best, the worst and others of "
-        f"{len({one.step for one in rows}):,} steps, and prompts that came again; troupe inspect {folder.name} has all"
+        f"{len({one.step for one in rows}):,} steps, and prompts that came again; troupe inspect {folder} has all"
     )
 
 

@@ -10,7 +10,7 @@ import anyio
 import anyio.to_thread
 import msgspec
 
-from troupe.actors.evaluator.decoding import EvalSet, RowPrompts, row_of
+from troupe.actors.evaluator.decoding import EvalSet, RowPrompts
 from troupe.actors.evaluator.rows import evaluated_row
 from troupe.actors.evaluator.settings import EvaluationSet
 from troupe.actors.schedule import tokenize_prompts
@@ -18,7 +18,7 @@ from troupe.dataset import DataConfig, PromptDataset, stop_making_rows
 from troupe.environments.settings import EnvironmentConfig
 from troupe.errors import ConfigError
 from troupe.messages import Evaluate, EvaluatedRow, Incident
-from troupe.messages.evaluations import HELD_OUT
+from troupe.messages.evaluations import HELD_OUT, row_of
 from troupe.policy import GenerationConfig, NetworkConfig, Policy, load_policy, opened_thought
 from troupe.policy.decode.sampling import GREEDY_BELOW
 from troupe.policy.load import resolve_base

@@ -61,7 +61,7 @@ class FakeSupervisor:
         self.asked: list[object] = []
         self.notices = ("a notice",)
         self.let_go = anyio.Event()
-        self.result = SimpleNamespace(steps=self.steps, total_steps=5)
+        self.result = SimpleNamespace(steps=self.steps, total_steps=5, stopped_early="")
         FakeSupervisor.made.append(self)
 
     async def __aenter__(self) -> FakeSupervisor:

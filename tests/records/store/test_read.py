@@ -20,6 +20,7 @@ from troupe.records.layout import STORE
 from troupe.records.sinks.sqlite import SqliteSink
 from troupe.records.store.completions import Query
 from troupe.records.store.read import StoredRun, open_store
+from troupe.records.trend import stored_rewards
 
 STATES: list[ClosedState] = ["trained", "filtered", "quarantined"]
 
@@ -295,6 +296,18 @@ def test_a_row_that_no_run_wrote_is_named(folder: Path, run: StoredRun) -> None:
         connection.execute("UPDATE groups SET state = 'lost' WHERE gid = 3")
     with pytest.raises(InputError, match="group 3, sample 0: not as a run stores it: Invalid enum value 'lost'"):
         list(run.completions(Query()))
+
+
+def test_figures_that_are_no_json_are_damage_and_a_trend_does_without(folder: Path) -> None:
+    """A run that goes on, and `troupe status`, ask for the trend: neither may end by what it finds."""
+    with closing(sqlite3.connect(folder / STORE)) as connection, connection:
+        connection.execute("UPDATE steps SET metrics = '{\"reward\": 0..5}'")
+    with (
+        pytest.raises(OutputError, match="the run store holds what no run wrote: JSON is malformed"),
+        open_store(folder) as run,
+    ):
+        run.values("reward", 10)
+    assert stored_rewards(folder) == ()
 
 
 def test_an_episode_comes_back_as_it_was_told(tmp_path: Path) -> None:

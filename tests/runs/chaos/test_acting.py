@@ -68,4 +68,5 @@ def test_timing_and_faults_change_nothing_and_nothing_is_asked_twice(seed: int) 
 def test_the_free_schedule_too_closes_every_group_once(seed: int) -> None:
     report, answers = drive(plan_of(seed, mode="free", faults=0.004), most_delay_s=30.0)
     assert report.steps
-    assert answers.forgotten <= report.ledger.closed.keys()
+    trained = {gid for gid in answers.forgotten if gid >= 0}  # below 0: evaluated
+    assert trained <= report.ledger.closed.keys()

@@ -71,7 +71,8 @@ def test_an_evaluation_reads_rows_as_a_run_does(place: Path, tiny_model: Path) -
     base = ["eval", "-m", str(tiny_model), "-d", "sums.csv", "--max-new-tokens", "2", "--json"]
     assert json.loads(done(*base, *columns(chat="always")))["rows"] == 6
     assert 'has no "prompt"' in refused(*base)
-    assert "only [data] and [environment] mean something here" in refused(*base, "--set", "learner.lr=1")
+    some = "of a config only [data], [environment], [generation] and [rewards] mean something here"
+    assert some in refused(*base, "--set", "learner.lr=1")
 
 
 @pytest.mark.slow

@@ -152,7 +152,7 @@ async def test_weights_are_let_go_of_when_they_are_evaluated(tmp_path: Path, rag
                     while 0 in ledger.pending:  # noqa: ASYNC110 - nobody says when
                         await anyio.sleep(0.01)
                 gc.collect()
-                dicts = [each for each in gc.get_objects() if isinstance(each, dict)]
+                dicts = [each for each in gc.get_objects() if type(each) is dict]
                 assert not [each for each in dicts if begun <= {id(value) for value in each.values()}]
 
 

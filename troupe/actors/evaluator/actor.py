@@ -8,11 +8,12 @@ from typing import NamedTuple
 import anyio
 import msgspec
 
-from troupe.actors.evaluator.decoding import Decoder, EvalSet, RowPrompts, row_of
+from troupe.actors.evaluator.decoding import Decoder, EvalSet, RowPrompts
 from troupe.actors.evaluator.ledger import EvaluationLedger
 from troupe.actors.evaluator.rows import evaluated_row
 from troupe.errors import RewardError
 from troupe.messages import Evaluate, Evaluated, EvaluatedRow, Incident, RolloutGroup
+from troupe.messages.evaluations import row_of
 from troupe.rewards import GroupScores
 from troupe.rewards.estimates import figures_of
 from troupe.runtime.actor import Actor

@@ -11,6 +11,7 @@ from troupe.actors.generator.parts import key_of
 from troupe.actors.learner.batch import as_rollouts
 from troupe.dataset import PromptDataset
 from troupe.messages import Evaluate, Prompt, PromptText, RolloutGroup, Slot
+from troupe.messages.evaluations import MOST_ROWS
 from troupe.policy import CompletedGroup, RolloutEngine, RolloutRequest
 from troupe.rewards import RewardManager
 from troupe.runtime.device import DeviceThread
@@ -18,7 +19,7 @@ from troupe.runtime.reporter import Reporter
 
 _AT_ONCE = 128
 """Completions that are decoded together: how long training may have to wait for the device."""
-_ROWS, _SETS = 2**32, 2**10
+_SETS = 2**10
 
 
 class EvalSet(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,7 +63,7 @@ class RowPrompts:
     def _prompt(self, place: int, version: int) -> Prompt:
         row, ids = self._of.dataset[place], self._of.prompt_ids[place]
         return Prompt(
-            gid=-1 - ((version * _SETS + self._number) * _ROWS + place),
+            gid=-1 - ((version * _SETS + self._number) * MOST_ROWS + place),
             slot=Slot(step=-1, place=place, attempt=self._stream),
             epoch=0,
             row=place,
@@ -77,11 +78,6 @@ def pieces(rows: int, num_samples: int) -> list[range]:
     """The rows of a set that are decoded together."""
     size = max(1, _AT_ONCE // num_samples)
     return [range(start, min(start + size, rows)) for start in range(0, rows, size)]
-
-
-def row_of(gid: int) -> int:
-    """The row of a group that was evaluated."""
-    return (-1 - gid) % _ROWS if gid < 0 else gid
 
 
 class Decoder(Protocol):

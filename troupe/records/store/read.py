@@ -275,6 +275,8 @@ def open_store(folder: Path) -> Iterator[StoredRun]:
             yield StoredRun(connection, path)
     except sqlite3.OperationalError as error:
         raise OutputError(f"{path}: the run store cannot be read now: {error}") from None
+    except msgspec.DecodeError as error:
+        raise OutputError(f"{path}: the run store holds what no run wrote: {error}") from None
     except (sqlite3.DatabaseError, DamagedStoreError) as error:
         if unwatched and is_in_use(path):
             raise OutputError(f"{path}: a run has begun to write into the store meanwhile; ask again") from None
