@@ -1,20 +1,21 @@
 """What do workers cost, and what do they give?
 
     python benchmarks/bench_cluster.py messages [--steps 25 --groups 8 --group 8 --new-tokens 512 --model tiny]
-    python benchmarks/bench_cluster.py workers [--workers 1 2 --steps 4 --groups 16 --new-tokens 128]
+    python benchmarks/bench_cluster.py workers [--workers 1 2 --steps 4 --groups 16 --new-tokens 128 --pinned]
 
 Both through a real nats-server, with the run's desk, crew and weights in this process and workers in others.
 `messages`: the workers' generator is none, and answers at once with completions of full length, so that all that is
 measured is messages and weights: bytes and seconds of a step, beside what ids, log-probs and weights are, and the share
 of a step whose decoding takes as long as `--tokens-per-second` says. A version is published before each step, changed
 as AdamW changes one with `--lr`. `workers`: real generators with random weights, each with one BLAS thread; tokens a
-second of 1, 2, … workers together. Prints one JSON line a question.
+second of 1, 2, … workers together; with `--pinned` each has one core (Linux). Prints one JSON line a question.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import random
 import resource
@@ -274,13 +275,14 @@ class Rig:
 
 
 @asynccontextmanager
-async def workers(rig: Rig, hub: Hub, count: int, *, instant: bool) -> AsyncIterator[None]:
+async def workers(rig: Rig, hub: Hub, count: int, *, instant: bool, is_pinned: bool = False) -> AsyncIterator[None]:
     """So many worker processes, ready; they end with the run."""
     users = Users(rig.folder / "join")
     processes = []
     for number in range(count):
         file = rig.folder / "join" / "worker.toml" if not number else users.invite(f"worker-{number}")
         command = [sys.executable, __file__, "work", str(file), *(["--instant"] if instant else [])]
+        command += ["--core", str(number)] if is_pinned else []
         processes.append(subprocess.Popen(command))  # noqa: ASYNC220 - it takes no time
     try:
         while sum(one.version is not None for one in hub.members.statuses()) < count:
@@ -388,7 +390,7 @@ async def bench_workers(args: argparse.Namespace) -> dict[str, Any]:
         with TemporaryDirectory() as temporary:
             folder = Path(temporary)
             rig = Rig(configured(args, folder, "pinned"), policy, folder)
-            async with rig.serving() as hub, workers(rig, hub, count, instant=False):
+            async with rig.serving() as hub, workers(rig, hub, count, instant=False, is_pinned=args.pinned):
                 await rig.step(args.groups)  # compiles
                 rates[count] = [
                     args.groups * args.group * args.new_tokens / await rig.step(args.groups) for _ in range(args.steps)
@@ -409,6 +411,8 @@ def main() -> None:
     parser.add_argument("what", choices=["messages", "workers", "work"])
     parser.add_argument("file", nargs="?", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--instant", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--core", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--pinned", action="store_true", help="each worker has one core, and not more")
     parser.add_argument("--workers", type=int, nargs="+")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--groups", type=int, help="prompts a step")
@@ -422,6 +426,8 @@ def main() -> None:
     for name, value in zip(("workers", "steps", "groups", "new_tokens"), usual, strict=True):
         setattr(args, name, getattr(args, name) or value)
     if args.what == "work":
+        if args.core is not None:
+            os.sched_setaffinity(0, {args.core % (os.cpu_count() or 1)})
         anyio.run(lambda: work(args.file, instant=args.instant))
         return
     result = anyio.run(bench_messages if args.what == "messages" else bench_workers, args)

@@ -58,8 +58,7 @@ def prune_checkpoints(
 
     `abandoned`: versions that are not of this run any more; they are removed, and never count. `judged`: version → what
     `metric_for_best` is, where not the checkpoints say so; `pending`: of which it is not known yet, so that they stay.
-    Only for who writes the
-    checkpoints of the run: what another one is writing would be a leftover too.
+    Only for who writes the checkpoints of the run: what another one is writing would be a leftover too.
     """
     standing = {version: folder for version, folder in _find_finished(run).items() if version not in abandoned}
     kept = set(sorted(standing, reverse=True)[: config.keep])

@@ -248,6 +248,7 @@ def test_a_judge_that_does_not_listen_is_told_of_in_a_browser(tmp_path: Path, br
     judge.write_text(
         "import asyncio\nasync def my_judge(completions, **_):\n"
         f"    await asyncio.open_connection('127.0.0.1', {free_tcp_port})\n"
+        "    await asyncio.sleep(0.1)\n"
         "    return [1.0] * len(completions)\n"
     )
     with a_daemon(tmp_path / "out", f"rewards.functions=['{judge}:my_judge']") as daemon:
