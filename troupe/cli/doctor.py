@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import anyio
 import click
@@ -21,10 +22,13 @@ from troupe.run.measure.figures import LONGEST_S, check_writable, machine_file, 
 from troupe.runtime import linux_cpu
 from troupe.runtime.files import expanded
 from troupe.runtime.machine import device_name, memory_gb, missing_backend, processors
+from troupe.runtime.roles import together
 from troupe.runtime.terminal import EXIT_BAD_INPUT, tell, tell_json, tell_rows
 
 if TYPE_CHECKING:
     from troupe.run.measure.work import Size
+
+T = TypeVar("T")
 
 _SLOW_GFLOPS = 20.0
 _SIZE, _REPEATS = 768, 5
@@ -92,13 +96,33 @@ def tell_measured(path: Path, *, as_json: bool, size: Size | None = None, longes
         tell(f"measuring {what}", error=True)
 
     tell(f"this takes {longest_s / 60:.0f} minutes at the most; let nothing else run meanwhile", error=True)
-    measurement = anyio.run(partial(measure_machine, say, size=size, longest_s=longest_s))
+    measurement = anyio.run(_uninterrupted, partial(measure_machine, say, size=size, longest_s=longest_s))
     write_measurement(path, measurement)
     if as_json:
         tell_json(msgspec.json.encode(measurement).decode())
     else:
         tell(describe_figures(measurement))
     tell(f"written to {path}", error=True)
+
+
+async def _uninterrupted(work: Callable[[], Awaitable[T]]) -> T:
+    """What it comes to; KeyboardInterrupt where a signal ends it before."""
+    working, listening, results = anyio.CancelScope(), anyio.CancelScope(), list[T]()
+
+    async def do_work() -> None:
+        with working:
+            results.append(await work())
+        listening.cancel()
+
+    async def listen() -> None:
+        with listening, anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            async for _ in signals:
+                working.cancel()
+
+    await together([do_work, listen])
+    if not results:
+        raise KeyboardInterrupt
+    return results[0]
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):

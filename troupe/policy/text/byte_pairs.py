@@ -2,11 +2,15 @@
 
 tiktoken merges by rank, so tokens get ranks in the order of the merges, and where that is not the order of the ids,
 ranks are mapped to ids afterwards. It joins any two tokens that make a third, where the file has a list of pairs: for
-merges that training has made that is the same.
+merges that training has made that is the same. Bytes without a token are dropped before the others are merged, as
+Hugging Face does; tiktoken needs all 256, so words that have such a byte are merged here.
 """
 
 import re
+from collections.abc import Mapping
+from itertools import pairwise
 
+import regex  # type: ignore[import-untyped]  # which tiktoken needs
 import tiktoken
 
 from troupe.errors import InputError, ModelError
@@ -31,6 +35,8 @@ class BytePairs:
         ids = list(words.ids_by_rank.values())
         self._id_of_rank = None if ids == list(range(len(ids))) else ids
         self._bpe = _encoding(words, origin)
+        self._words = words
+        self._dropped = bytes(byte for byte in range(256) if words.ids_by_rank.get(bytes([byte]), byte) is None)
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`. Raises InputError for a text that the pattern cannot split."""
@@ -48,14 +54,21 @@ class BytePairs:
         table = self._id_of_rank
         if table is None:
             return ranks
-        return [id_ for id_ in (table[rank] for rank in ranks) if id_ is not None]
+        ids = [table[rank] for rank in ranks]
+        return self._without_dropped(text) if None in ids else [id_ for id_ in ids if id_ is not None]
+
+    def _without_dropped(self, text: str) -> list[int]:
+        ids_by_rank = self._words.ids_by_rank
+        ranks = {content: rank for rank, content in enumerate(ids_by_rank)}
+        ids: list[int | None] = []
+        for found in regex.finditer(_whole(self._words.pattern), text):
+            word = found.group().encode("utf-8", errors="replace").translate(None, self._dropped)
+            ids += [ids_by_rank[part] for part in _merged(word, ranks)]
+        return [id_ for id_ in ids if id_ is not None]
 
 
 def _encoding(words: Words, origin: str) -> tiktoken.Encoding:
-    # tiktoken drops what the pattern does not match; Hugging Face keeps it as a piece of its own.
-    pattern = words.pattern
-    if pattern not in _LEAVE_NOTHING:
-        pattern = rf"{pattern}|(?:(?!{pattern})[\s\S])+"
+    pattern = _whole(words.pattern)
     ranks = {content: rank for rank, content in enumerate(words.ids_by_rank)}
     refused = f"{origin}: split pattern {words.pattern!r} is not supported"
     try:
@@ -69,6 +82,22 @@ def _encoding(words: Words, origin: str) -> tiktoken.Encoding:
             raise
         raise ModelError(f"{refused}: it finds words of no characters, or takes too many steps") from None
     return encoding
+
+
+def _whole(pattern: str) -> str:
+    """The pattern, and where it does not match: tiktoken drops that, Hugging Face keeps it as a piece of its own."""
+    return pattern if pattern in _LEAVE_NOTHING else rf"{pattern}|(?:(?!{pattern})[\s\S])+"
+
+
+def _merged(word: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
+    """The tokens of a word: of two neighbours that make a token those of the lowest rank first."""
+    parts = [word[place : place + 1] for place in range(len(word))]
+    while True:
+        joined = [left + right for left, right in pairwise(parts)]
+        place = min(range(len(joined)), key=lambda place: ranks.get(joined[place], len(ranks)), default=-1)
+        if place < 0 or joined[place] not in ranks:
+            return parts
+        parts[place : place + 2] = [joined[place]]
 
 
 def _unsplit(error: BaseException, text: str, origin: str) -> BaseException:

@@ -61,7 +61,10 @@ class Tokenizer:
         self._split_raw = AddedFinder(raw, unread=unread).split
         late = [token for token in tokens.added if token.normalized]
         self._split_normalized = AddedFinder(late, self._normalize, unread).split
-        self._contents = vocabulary.contents | {token.id: vocabulary.content(token) for token in tokens.added}
+        self._contents = vocabulary.contents | {
+            token.id: vocabulary.content(self._normalize(token.content) if token.normalized else token.content)
+            for token in tokens.added
+        }
         if isinstance(vocabulary.model, Words):
             self._pairs: BytePairs | CharacterPairs = BytePairs(vocabulary.model, vocabulary.origin)
         else:

@@ -102,12 +102,12 @@ class Vocabulary(msgspec.Struct, frozen=True, kw_only=True):
     """Ids that go before a text encoded with special tokens."""
     suffix: tuple[int, ...] = ()
 
-    def content(self, token: AddedToken) -> bytes:
+    def content(self, added: str) -> bytes:
         """The bytes that an added token is decoded as."""
         if self.decoding is None:
-            return token.content.encode()
-        id_ = self.names.get(token.content, -1)
-        return self.contents[id_] if id_ in self.decoding.byte_ids else self.decoding.content(token.content)
+            return added.encode()
+        id_ = self.names.get(added, -1)
+        return self.contents[id_] if id_ in self.decoding.byte_ids else self.decoding.content(added)
 
 
 def rank_words(
