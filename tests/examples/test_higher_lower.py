@@ -71,6 +71,7 @@ def test_its_method_is_the_tool() -> None:
     assert ([tool.name for tool in spec.tools], spec.has_reward) == (["guess"], True)
 
 
+@pytest.mark.soak  # two minutes and a half: others show that such runs go on, and this one how well they learn
 @pytest.mark.slow
 def test_the_policy_learns_to_halve(tmp_path: Path) -> None:
     made = run_command(f"python examples/higher_lower/make_policy.py --out {tmp_path}", tmp_path)
