@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from troupe.records.held_out import HeldOut, most_telling
+from troupe.records.held_out import HeldOut, is_share, most_telling
 
 
 def test_a_set_is_told_by_its_accuracy_or_by_its_mean_over_most_samples() -> None:
@@ -38,3 +38,11 @@ def test_a_version_without_a_score_is_a_gap_and_no_other_figure() -> None:
         held_out.add(version, "sums", {**scores, "eval/sums/length": 9.0})
     told = held_out.sets["sums"]
     assert (told.figure, dict(told.values), dict(told.errors)) == ("avg@4", {10: 0.5, 30: 0.75}, {10: 0.125})
+
+
+def test_a_reward_that_is_called_like_the_accuracy_is_not_it() -> None:
+    held_out = HeldOut()
+    held_out.add(10, "sums", {"eval/sums/accuracy": 0.5, "eval/sums/accuracy_reward": 1.25})
+    assert str(held_out.sets["sums"]) == "accuracy 50.0% at step 10"
+    assert is_share("accuracy")
+    assert not is_share("accuracy_reward")

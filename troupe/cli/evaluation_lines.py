@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 from troupe.cli.tables import Column, table
 from troupe.records.compare.held_out import in_words
+from troupe.records.held_out import is_share
 from troupe.records.text import prompt_text
 from troupe.rewards.estimates import Comparison, compared, scores_by_row
 from troupe.run.evaluate import Evaluation
 
-_SHARES = ("accuracy", "pass@", "maj@", "clipped", "missing")
 _OF_TEXTS = ("length", "clipped", "missing")
 _ERROR = "_se"
 _MOST_OF_A_PROMPT = 60
@@ -146,7 +146,7 @@ def _told(found: Evaluation, figure: str) -> str:
     value, error = found.figures.get(figure), found.figures.get(figure + _ERROR)
     if value is None:
         return ""
-    if figure.startswith(_SHARES):
+    if is_share(figure):
         return f"{value:.1%}" + ("" if error is None else f" ± {error:.1%}")
     if figure == "length":
         return f"{value:.1f}"

@@ -33,8 +33,8 @@ _STEPS, _ROWS, _OF_A_ROW = 40, 8, 20
 """Steps and dataset rows that a page follows, and groups of each row."""
 
 
-class Line(msgspec.Struct, frozen=True, kw_only=True):
-    """A completion in a list."""
+class _Shown(msgspec.Struct, frozen=True, kw_only=True):
+    """What every view of a completion says of it."""
 
     gid: int
     sample: int
@@ -46,22 +46,18 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
     tokens: int
     """Without those that it only read."""
     finish_reason: str
+
+
+class Line(_Shown, frozen=True, kw_only=True):
+    """A completion in a list."""
+
     start: str
     """How its text begins, or where it holds what is looked for."""
 
 
-class Opened(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Opened(_Shown, frozen=True, kw_only=True, omit_defaults=True):
     """A completion with all that a page shows of it."""
 
-    gid: int
-    sample: int
-    step: int
-    row: int | None
-    state: str
-    reward: float | None
-    advantage: float | None
-    tokens: int
-    finish_reason: str
     scores: dict[str, float | None]
     text: str
     left_out: int = 0

@@ -1,6 +1,6 @@
 """How evaluations stand: of each set the figure that says most, first, now and at its best, in a line for a person."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import msgspec
 
@@ -10,8 +10,8 @@ from troupe.runtime.terminal import arrows, one_line
 _PREFIX = "eval/"
 _ERROR = "_se"
 _MOST_TELLING = ("accuracy", "avg@")
-"""Beginnings of figures' names; a set is told by the first of them that it has, of several by the last."""
-_SHARES = ("accuracy", "pass@", "maj@")
+"""Figures, those with @ for any number; a set is told by the first of them that it has, of several by the last."""
+_SHARES = ("accuracy", "pass@", "maj@", "clipped", "missing")
 """Those that are parts of 1."""
 
 
@@ -25,14 +25,9 @@ class SetStanding(msgspec.Struct, frozen=True, kw_only=True):
     errors: Mapping[int, float] = {}
     """Version → the standard error of its value, where that is known."""
 
-    @property
-    def is_share(self) -> bool:
-        """Whether it is a part of 1."""
-        return self.figure.startswith(_SHARES)
-
     def __str__(self) -> str:
         def told(value: float) -> str:
-            return f"{value:.1%}" if self.is_share else f"{value:.3f}"
+            return f"{value:.1%}" if is_share(self.figure) else f"{value:.3f}"
 
         versions = list(self.values)
         first, newest = versions[0], versions[-1]
@@ -73,15 +68,25 @@ class HeldOut:
         return [(name, arrows(str(standing), encoding)) for name, standing in zip(names, sets.values(), strict=True)]
 
 
-def most_telling(figures: Mapping[str, float]) -> str | None:
+def is_share(figure: str) -> bool:
+    """Whether a figure of a set is a part of its rows or samples."""
+    return any(_is(figure, kind) for kind in _SHARES)
+
+
+def most_telling(figures: Iterable[str]) -> str | None:
     """The figure that a set is told by; None where there is none."""
     names = [name for name in figures if not name.endswith(_ERROR)]
-    for beginning in _MOST_TELLING:
-        if found := [name for name in names if name.startswith(beginning)]:
+    for kind in _MOST_TELLING:
+        if found := [name for name in names if _is(name, kind)]:
             return found[-1]
     return names[0] if names else None
 
 
 def _place(figure: str) -> int:
     """The lower, the more it tells."""
-    return next((i for i, beginning in enumerate(_MOST_TELLING) if figure.startswith(beginning)), len(_MOST_TELLING))
+    return next((i for i, kind in enumerate(_MOST_TELLING) if _is(figure, kind)), len(_MOST_TELLING))
+
+
+def _is(figure: str, kind: str) -> bool:
+    """A reward may be called `accuracy_reward`, which is not the accuracy."""
+    return figure.startswith(kind) if kind.endswith("@") else figure == kind

@@ -20,7 +20,7 @@ from troupe.messages import Evaluated, Status
 from troupe.records.curves import Curves
 from troupe.records.evaluations import read_evaluations
 from troupe.records.figures import LIVE, function_of
-from troupe.records.held_out import HeldOut
+from troupe.records.held_out import HeldOut, is_share
 from troupe.records.layout import EVALUATIONS, METRICS
 from troupe.records.sinks.jsonl import decode_step
 
@@ -58,7 +58,7 @@ def held_out(evaluations: Iterable[Evaluated]) -> list[dict[str, Any]]:
         {
             "name": name,
             "figure": standing.figure,
-            "share": standing.is_share,
+            "share": is_share(standing.figure),
             "step": list(standing.values),
             "y": [_rounded(value) for value in standing.values.values()],
             "errors": [_rounded(standing.errors[at]) if at in standing.errors else None for at in standing.values],

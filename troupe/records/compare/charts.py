@@ -8,9 +8,10 @@ from typing import TypeVar
 
 import msgspec
 
-from troupe.records.compare.held_out import HEADLINES, distinct_figures, is_share
+from troupe.records.compare.held_out import HEADLINES, distinct_figures
 from troupe.records.compare.runs import Group, RunComparison
 from troupe.records.figures import CHARTS, ChartSpec, function_of, lines_of, named_by
+from troupe.records.held_out import is_share
 from troupe.records.report.charts import Chart, Line, Section, Values, sections_of
 from troupe.records.report.data import Axes
 

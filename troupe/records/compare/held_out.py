@@ -7,12 +7,13 @@ from typing import Any
 import msgspec
 
 from troupe.messages import Evaluated, EvaluatedRow
+from troupe.messages.evaluations import HELD_OUT
+from troupe.records.held_out import most_telling
 from troupe.records.standing import Summary
 from troupe.rewards.estimates import Comparison, compared, scores_by_row
 
-_OLD_SET = "held_out"
 HEADLINES = ("accuracy", "avg@", "pass@")
-"""How a set's most telling figure is called; the first that there is."""
+"""How figures of what is wanted begin."""
 _WORDS = {"length": "tokens a completion", "clipped": "cut at the limit", "missing": "without a score"}
 _TOLD = ("accuracy", "avg@", "pass@", "maj@", "length")
 
@@ -51,9 +52,7 @@ class HeldOut(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def headline(self) -> str:
         """The figure that tells most."""
-        return next(
-            (name for start in HEADLINES for name in self.figures if name.startswith(start)), next(iter(self.figures))
-        )
+        return most_telling(self.figures) or next(iter(self.figures))
 
     @property
     def gained(self) -> Comparison | None:
@@ -92,7 +91,7 @@ def held_out_before(summary: Summary) -> dict[str, HeldOut]:
         for name, ends in figures.items()
     }
     there = {name: told for name, told in points.items() if told}
-    return {_OLD_SET: HeldOut(name=_OLD_SET, figures=there)} if there else {}
+    return {HELD_OUT: HeldOut(name=HELD_OUT, figures=there)} if there else {}
 
 
 def paired(first: HeldOut, second: HeldOut) -> Comparison | None:
@@ -118,11 +117,6 @@ def _are_alike(one: Sequence[Point], other: Sequence[Point]) -> bool:
     return len(one) == len(other) and all(
         a.version == b.version and isclose(a.value, b.value, abs_tol=1e-9) for a, b in zip(one, other, strict=True)
     )
-
-
-def is_share(figure: str) -> bool:
-    """Whether a figure of a set is a part of its rows."""
-    return figure in ("accuracy", "clipped", "missing") or figure.startswith(("pass@", "maj@"))
 
 
 def in_words(figure: str) -> str:

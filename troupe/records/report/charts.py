@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
-from troupe.records.compare.held_out import is_share
 from troupe.records.figures import CHARTS, FIGURES, ChartSpec, function_of, lines_of, named_by
+from troupe.records.held_out import is_share
 from troupe.records.report.picture import RunPicture
 
 Values = tuple[float | None, ...]

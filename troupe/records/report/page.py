@@ -10,9 +10,10 @@ import msgspec
 
 from troupe.messages.evaluations import HELD_OUT
 from troupe.records import text as words
-from troupe.records.compare.held_out import HeldOut, Point, in_words, is_share
+from troupe.records.compare.held_out import HeldOut, Point, in_words
 from troupe.records.conversations import Said, conversation_of, facts_of, observed_within, shortened
 from troupe.records.diagnosis import remedy_for, steps_of
+from troupe.records.held_out import is_share
 from troupe.records.report.charts import sections_of
 from troupe.records.report.data import Axes, bars_of, chart_data, marks_of
 from troupe.records.report.picture import INCIDENTS_SHOWN, RunPicture, State
@@ -183,7 +184,7 @@ def rows_of_set(held_out: HeldOut) -> Iterator[SetRow]:
         if (is_of_scores and values in told) or (figure == "missing" and not any(values)):
             continue
         told += [values] if is_of_scores else []
-        is_part = is_share(figure) or figure in ("clipped", "missing")
+        is_part = is_share(figure)
         by_version = {point.version: point for point in points}
         first, newest = by_version.get(held_out.versions[0]), by_version.get(held_out.newest)
         best = max(points, key=lambda point: point.value)
