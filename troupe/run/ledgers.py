@@ -96,13 +96,17 @@ class Ledgers:
             thread=factories.sink_thread,
         )
         self.evaluations = EvaluationLedger(
-            [each.name for each in prepared.inputs.sets], prepared.start.evaluated, prepared.folder
+            [each.name for each in prepared.inputs.sets],
+            prepared.start.evaluated,
+            prepared.folder,
+            hold=self.board.hold,
         )
         self.writer = _make_writer(prepared, factories, self, check_folder)
         self.files: WeightsFiles | None = None
         """Weights for the generator's processes, where it has any; close them at the end, too."""
         if schedule.generator == "process":
-            self.files = WeightsFiles(prepared.folder, at_once=schedule.max_staleness + 2)
+            evaluated = bool(prepared.inputs.sets)
+            self.files = WeightsFiles(prepared.folder, at_once=schedule.max_staleness + 2 + evaluated)
         self.hosts: list[Start] = []
         """Who starts the generator's first processes beside the learner's ranks."""
         self.devices = {name: factories.device(name) for name in ("generator", "learner", "checkpointer")}

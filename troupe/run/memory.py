@@ -211,15 +211,16 @@ def _phases(config: RunConfig, work: Workload, choice: _Choice) -> dict[str, dic
         held["checkpoint being written"] = written + held["optimizer state"]
     processes = _processes(config, work)
     if processes:
-        held[_VERSIONS_THERE] = processes * (held.get(BASE, 0) + held["policy versions"])
-        held[_ON_THE_WAY] = held["policy versions"]
+        versions = held["policy versions"] + (weights if evaluates and not work.sessions else 0)
+        held[_VERSIONS_THERE] = processes * (held.get(BASE, 0) + versions)
+        held[_ON_THE_WAY] = versions
     layouts = 2 if is_free and staleness else 1  # amid a completion, the token under way still has the one before
     decoders = 0 if config.schedule.engines_alone else max(processes, 1)
     generating = {
         _LAID_OUT: decoders * layouts * _laid_out_bytes(work),
         "decode": decoders * _decode_bytes(config, work, choice.prompts),
     }
-    if evaluates and processes:  # its rows are decoded beside them
+    if evaluates and processes and work.sessions:  # its episodes are decoded beside them
         generating["evaluation"] = _laid_out_bytes(work) + _decode_bytes(config, work, choice.prompts)
     held_while_learning = held | (generating if staleness or processes else {})
     adds_up = choice.micro_batches > 1 or learner.lanes > 1 or work.longest_history is not None

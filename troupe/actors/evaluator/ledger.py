@@ -1,7 +1,7 @@
 """EvaluationLedger: what evaluations came to, in `evaluations.jsonl` of the run folder, and which are under way; and
 whether a run that gets no better is to end."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import anyio
@@ -21,11 +21,18 @@ class EvaluationLedger:
     again.
     """
 
-    def __init__(self, names: Sequence[str] = (), results: Iterable[Evaluated] = (), run: Path | None = None) -> None:
+    def __init__(
+        self,
+        names: Sequence[str] = (),
+        results: Iterable[Evaluated] = (),
+        run: Path | None = None,
+        *,
+        hold: Callable[[Mapping[int, Weights]], None] = lambda pending: None,
+    ) -> None:
         """`names`: of the sets. `results`: of an earlier start, up to the step that this one goes on from. `run`:
-        the folder."""
+        the folder. `hold`: is told which versions are pending, whenever others are."""
         self.names = tuple(names)
-        self._run = run
+        self._run, self._hold = run, hold
         self._results = {(result.version, result.name): result for result in results}
         self._pending: dict[int, Weights] = {}
         self.ends_run = anyio.Event()
@@ -66,6 +73,7 @@ class EvaluationLedger:
     def begin(self, message: Evaluate) -> None:
         """A version is asked for."""
         self._pending = {**self._pending, message.version: message.weights}
+        self._hold(self._pending)
 
     def add(self, result: Evaluated) -> None:
         """A set is done with."""
@@ -75,6 +83,7 @@ class EvaluationLedger:
     def end(self, version: int) -> None:
         """A version is done with."""
         self._pending = {pending: weights for pending, weights in self._pending.items() if pending != version}
+        self._hold(self._pending)
 
     def write(self) -> None:
         """Put all results into the file, whole or not at all. OSError where the disk fails."""
