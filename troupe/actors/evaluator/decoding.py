@@ -175,7 +175,7 @@ class CrewDecoder:
 
         part = Part(
             step=message.version,
-            number=prompts[0].row,
+            number=prompts[0].slot.place,
             set=self._number,
             version=message.version,
             prompts=tuple(prompts),
