@@ -266,6 +266,16 @@ class SupervisedSteps:
         """What the dataset has."""
         return self._dataset[row]
 
+    @property
+    def source(self) -> str:
+        """Of the rows."""
+        return self._dataset.source
+
+    @property
+    def prompt_ids(self) -> list[Told]:
+        """One a row."""
+        return [each.prompt_ids for each in self.examples]
+
     def epoch(self, version: int) -> float:
         """How often rows have been seen."""
         return version * self._batch_size / len(self._dataset)

@@ -313,7 +313,9 @@ def ours_for(name: str, keys: Sequence[str]) -> Meaning | None:
     """
     whole = normalized(name)
     leaf = whole.rpartition(".")[2]
-    own = [key for key in keys if key == whole] or [key for key in keys if key.rpartition(".")[2] == leaf]
+    named = [key for key in keys if key.rpartition(".")[2] == leaf]
+    # a warm start has keys of names that others have, who are meant more often
+    own = [key for key in keys if key == whole] or [key for key in named if not key.startswith("warm_start.")] or named
     alias = meaning_of(leaf)
     if own:
         return Meaning(tuple(own), alias.note if alias is not None and set(alias.ours) <= set(own) else "")

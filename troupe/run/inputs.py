@@ -11,7 +11,7 @@ from troupe.actors.evaluator.decoding import EvalSet
 from troupe.actors.schedule import PromptSchedule, describe_prompts, think_notices, tokenize_prompts
 from troupe.actors.supervised import SupervisedSteps
 from troupe.cluster.calls import Calls
-from troupe.dataset import PromptDataset, SupervisedRows
+from troupe.dataset import PromptDataset
 from troupe.errors import ConfigError
 from troupe.messages import PromptText
 from troupe.messages.evaluations import HELD_OUT
@@ -109,36 +109,24 @@ def load_inputs(
     acting: Acting = NOTHING_GIVEN,
 ) -> Inputs:
     """Load what the config names, beside which `given` and `acting` are used. InputError for what cannot be used."""
-    data, model, is_sampled = config.data, config.model.path, config.task == "grpo"
-    assert model is not None
+    is_sampled = config.task == "grpo"
     first = _SHOWN_ROWS if to_show and not resume else None
     given_rows = read_supervised(config, first)
-    if is_sampled or given_rows is None:
-        dataset = PromptDataset.load(str(data.path), data, first=first)
-    else:
-        dataset = given_rows.dataset
+    dataset = _sampled_rows(config, first) if is_sampled or given_rows is None else given_rows.dataset
     held_out = read_sets(config, first)
     calls = None if config.cluster.serve is None else Calls()
     world = _load_world(config, acting, calls)
     check_unsampled(config, acts=world is not None)
     scored = dataset if is_sampled else next((each.rows for each in held_out), None)
     rewards, config = _rewards(config, given, scored, world, calls)
-    policy, fingerprint = begin_policy(model, config.model.dtype, config.adapter, config.seed)
-    assert policy.path is not None
-    config, notices = with_rates(config, policy)
-    if not resume:
-        policy.check_stop_ids()
-    config = _dated(config, policy, begins=not resume)
+    policy, fingerprint, config, notices = _begin(config, resume=resume)
     acting_setup = None if world is None else ActingSetup.of(world, policy, config.data)
     tokenize = _tokenizer(policy, config, acting_setup, resumption)
     supervised = None if given_rows is None else supervised_steps(given_rows, config, policy)
-    if is_sampled or supervised is None:
-        prompt_ids = tokenize(dataset)
-    else:
-        prompt_ids = [each.prompt_ids for each in supervised.examples]
+    prompt_ids = tokenize(dataset) if is_sampled or supervised is None else supervised.prompt_ids
     check_engine_inputs(config, policy, dataset, prompt_ids, acts=acting_setup is not None)
-    trained_on = dataset if is_sampled else None
-    sets = finished_sets(held_out, config, trained_on=trained_on, rewards=rewards, acting=world, tokenize=tokenize)
+    trained = dataset if is_sampled else None
+    sets = finished_sets(held_out, config, trained_on=trained, rewards=rewards, acting=world, tokenize=tokenize)
     notices += _best_by(config, rewards, sets, resumption)
     early_stop(config, sets)
     sampled = prompt_ids if is_sampled else [ids for each in sets for ids in each.prompt_ids]
@@ -154,7 +142,7 @@ def load_inputs(
     notices += curriculum_notices(config, rewards.names, rows=dataset.in_all, steps=total_steps)
     return Inputs(
         config=config,
-        source=policy.path,
+        source=Path(str(policy.path)),
         fingerprint=fingerprint,
         policy=policy,
         dataset=dataset,
@@ -167,15 +155,22 @@ def load_inputs(
         acting_setup=acting_setup,
         calls=calls,
         total_steps=total_steps,
-        description="\n".join(
-            [
-                *([] if given_rows is None or supervised is None else _of_given(given_rows, supervised, policy)),
-                *([describe_prompts(dataset, prompt_ids, policy.tokenizer)] if is_sampled else []),
-                *_of_sets(sets, policy),
-            ]
-        ),
+        description=_described(supervised, trained, prompt_ids, sets, policy),
         notices=tuple(notices),
     )
+
+
+def _sampled_rows(config: RunConfig, first: int | None) -> PromptDataset:
+    return PromptDataset.load(str(config.data.path), config.data, first=first)
+
+
+def _begin(config: RunConfig, *, resume: bool) -> tuple[Policy, str, RunConfig, list[str]]:
+    """The policy that the run begins with, its fingerprint, the config with what follows from it, and what to tell."""
+    policy, fingerprint = begin_policy(str(config.model.path), config.model.dtype, config.adapter, config.seed)
+    config, notices = with_rates(config, policy)
+    if not resume:
+        policy.check_stop_ids()
+    return policy, fingerprint, _dated(config, policy, begins=not resume), notices
 
 
 def _tokenizer(
@@ -215,20 +210,21 @@ def _schedule(
     )
 
 
-def _of_given(rows: SupervisedRows, supervised: SupervisedSteps, policy: Policy) -> list[str]:
-    """What there is to imitate, in lines."""
-    first = supervised.examples[0]
-    texts = [policy.tokenizer.decode(ids, skip_special_tokens=False) for ids in (first.prompt_ids, first.token_ids)]
-    return describe(supervised, rows.dataset.source, texts)
-
-
-def _of_sets(sets: Sequence[EvalSet], policy: Policy) -> list[str]:
-    """What there is to evaluate on, in lines."""
-    told = []
+def _described(
+    supervised: SupervisedSteps | None,
+    sampled: PromptDataset | None,
+    prompt_ids: Sequence[tuple[int, ...]],
+    sets: Sequence[EvalSet],
+    policy: Policy,
+) -> str:
+    """What there is to train and to evaluate on, in lines."""
+    told = [] if supervised is None else describe(supervised, policy.tokenizer)
+    if sampled is not None:
+        told.append(describe_prompts(sampled, prompt_ids, policy.tokenizer))
     for each in sets:
         name = "held out" if each.name == HELD_OUT else f"evaluated as {each.name}"
         told.append(f"{name}: {describe_prompts(each.dataset, each.prompt_ids, policy.tokenizer)}")
-    return told
+    return "\n".join(told)
 
 
 def _about(config: RunConfig, policy: Policy, opened: str) -> list[str]:

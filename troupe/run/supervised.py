@@ -1,14 +1,16 @@
 """The supervised steps of a run: which rows they learn, and how many they are."""
 
-from collections.abc import Sequence
 from functools import lru_cache
 
 from troupe.actors.schedule import count_steps
 from troupe.actors.supervised import SupervisedSteps, Telling
 from troupe.dataset import SupervisedRows
 from troupe.errors import ConfigError
-from troupe.policy import Policy
+from troupe.policy import Policy, Tokenizer
 from troupe.run.config import RunConfig
+
+_SHOWN = 400
+"""Characters of a text."""
 
 
 def read_supervised(config: RunConfig, first: int | None) -> SupervisedRows | None:
@@ -70,14 +72,18 @@ def notices(supervised: SupervisedSteps | None) -> list[str]:
     ]
 
 
-def describe(supervised: SupervisedSteps, source: str, first: Sequence[str]) -> list[str]:
-    """How many rows there are, of which lengths, and the first one; in lines. `first`: its prompt and what follows, as
-    the model reads them."""
-    count = len(supervised.examples)
+def describe(supervised: SupervisedSteps, tokenizer: Tokenizer) -> list[str]:
+    """How many rows there are, of which lengths, and the first one; in lines."""
+    first, count = supervised.examples[0], len(supervised.examples)
     tokens = sum(len(each.token_ids) - sum(b - a for a, b in each.observed) for each in supervised.examples)
-    prompt, said = (text if len(text) <= 400 else f"{text[:200]} … {text[-200:]}" for text in first)
+    prompt, said = (tokenizer.decode(ids, skip_special_tokens=False) for ids in (first.prompt_ids, first.token_ids))
     return [
-        f"{count} row{'s' if count > 1 else ''} to learn from {source}, {supervised.steps} steps: prompts of up to "
-        f"{supervised.longest_prompt} tokens, {tokens} tokens of completions, up to {supervised.longest_completion}",
-        f"the first one, as the model reads it: {prompt!r}, and as it learns it: {said!r}",
+        f"{count} row{'s' if count > 1 else ''} to learn from {supervised.source}, {supervised.steps} steps: prompts "
+        f"of up to {supervised.longest_prompt} tokens, {tokens} tokens of completions, up to "
+        f"{supervised.longest_completion}",
+        f"the first one, as the model reads it: {_short(prompt)!r}, and as it learns it: {_short(said)!r}",
     ]
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]} … {text[-_SHOWN // 2 :]}"
