@@ -175,7 +175,7 @@ def test_a_row_of_which_nothing_can_be_learned_is_named(
     row: dict[str, Any], why: str, policy: Policy, tmp_path: Path
 ) -> None:
     good = {"prompt": "a", "completion": "b"}
-    settings = {"max_length": 20} if row.get("prompt") == "a" * 30 else {}
+    settings: dict[str, Any] = {"max_length": 20} if row.get("prompt") == "a" * 30 else {}
     with pytest.raises(DatasetError, match=why) as raised:
         told(policy, [good, row], tmp_path, **settings)
     assert "rows.jsonl:2" in str(raised.value)

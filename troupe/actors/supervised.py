@@ -1,4 +1,4 @@
-"""Supervised steps: rows to imitate as ids, and as groups that nobody samples.
+"""Supervised steps: rows to imitate as ids, and as groups that nobody samples; and the section `[warm_start]`.
 
 Each turn of the assistant follows on the prompt that the policy will read then: the conversation before it as the chat
 template tells it, up to where the assistant begins to speak. Where that begins with what stands in the row already, the
@@ -8,7 +8,7 @@ learned stands where it will be sampled.
 
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
@@ -16,11 +16,33 @@ from troupe.dataset import PromptDataset, SftConfig, SupervisedRows
 from troupe.dataset.rows import PromptRow
 from troupe.dataset.supervised import Said
 from troupe.errors import DatasetError, InputError
+from troupe.grpo.config import Scheduler
 from troupe.messages import Prompt, Rollout, RolloutGroup, RowStart, ScoredGroup
 from troupe.policy import Tokenizer, encode_prompt, opened_thought
 from troupe.policy.text.chat import REASONING
 
 Told = tuple[int, ...]
+
+
+class WarmStartConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The `[warm_start]` section: supervised steps before the first one that is sampled."""
+
+    path: str | None = None
+    """Source of the rows that are imitated, with `prompt` and `completion`, or `messages`; None: there is no warm
+    start."""
+    steps: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    """Supervised steps of `learner.batch_size` rows, which come before those that `learner.max_steps` and
+    `learner.epochs` count. None: as many as show every row once."""
+    lr: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] | None = None
+    """Their peak learning rate. None: 2e-5; of an adapter 2e-4."""
+    lr_scheduler: Scheduler = "linear"
+    """How it falls after the warm-up, to the last of them; that of the other steps begins after them."""
+    warmup_steps: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """Updates over which it rises from 0."""
+
+    def __post_init__(self) -> None:
+        if self.path is None and self.steps is not None:
+            raise ValueError(f"warm_start.steps is {self.steps}, but warm_start.path names no rows; name some")
 
 
 class Example(msgspec.Struct, frozen=True, kw_only=True):

@@ -11,7 +11,7 @@ from troupe.dataset.prompts import PromptDataset
 from troupe.dataset.rows import RESERVED_COLUMNS, ROLES, PromptRow
 from troupe.dataset.settings import ChatMode, DataConfig
 from troupe.dataset.sources import anchored_source, source_name
-from troupe.dataset.supervised import SftConfig, SupervisedRows, WarmStartConfig
+from troupe.dataset.supervised import SftConfig, SupervisedRows
 
 __all__ = [
     "RESERVED_COLUMNS",
@@ -23,7 +23,6 @@ __all__ = [
     "PromptRow",
     "SftConfig",
     "SupervisedRows",
-    "WarmStartConfig",
     "anchored_source",
     "source_name",
     "stop_making_rows",

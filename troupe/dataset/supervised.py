@@ -1,5 +1,5 @@
 """Rows to imitate: a prompt with its completion, or a conversation of which the assistant's part is learned; and the
-sections `[sft]` and `[warm_start]`.
+section `[sft]`.
 
 A conversation in `messages` is cut before what the assistant says first: that is the prompt, the rest the completion.
 """
@@ -14,7 +14,6 @@ from troupe.dataset.rows import check_messages, kind_of_value
 from troupe.dataset.settings import DataConfig
 from troupe.dataset.sources import read_source
 from troupe.errors import DatasetError
-from troupe.grpo.config import Scheduler
 from troupe.messages import ChatMessage
 
 Said: TypeAlias = str | list[ChatMessage]
@@ -31,27 +30,6 @@ class SftConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Of texts, learn the completion alone; false: the prompt, too."""
     assistant_only_loss: bool = True
     """Of conversations, learn what the assistant says alone; false: all messages."""
-
-
-class WarmStartConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The `[warm_start]` section: supervised steps before the first one that is sampled."""
-
-    path: str | None = None
-    """Source of the rows that are imitated, with `prompt` and `completion`, or `messages`; None: there is no warm
-    start."""
-    steps: Annotated[int, msgspec.Meta(ge=1)] | None = None
-    """Supervised steps of `learner.batch_size` rows, which come before those that `learner.max_steps` and
-    `learner.epochs` count. None: as many as show every row once."""
-    lr: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] | None = None
-    """Their peak learning rate. None: 2e-5; of an adapter 2e-4."""
-    lr_scheduler: Scheduler = "linear"
-    """How it falls after the warm-up, to the last of them; that of the other steps begins after them."""
-    warmup_steps: Annotated[int, msgspec.Meta(ge=0)] = 0
-    """Updates over which it rises from 0."""
-
-    def __post_init__(self) -> None:
-        if self.path is None and self.steps is not None:
-            raise ValueError(f"warm_start.steps is {self.steps}, but warm_start.path names no rows; name some")
 
 
 class SupervisedRows(msgspec.Struct, frozen=True, kw_only=True):

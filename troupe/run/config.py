@@ -14,9 +14,10 @@ import tomli_w
 
 from troupe.actors.evaluator.settings import EvaluationConfig
 from troupe.actors.schedule import ScheduleConfig
+from troupe.actors.supervised import WarmStartConfig
 from troupe.checkpoint import CheckpointConfig
 from troupe.cluster.settings import ClusterConfig
-from troupe.dataset import CurriculumConfig, DataConfig, SftConfig, WarmStartConfig
+from troupe.dataset import CurriculumConfig, DataConfig, SftConfig
 from troupe.environments.settings import EnvironmentConfig
 from troupe.errors import ConfigError
 from troupe.grpo import LearnerConfig
