@@ -13,9 +13,10 @@ import msgspec
 from troupe.dataset import source_name
 from troupe.errors import InputError, TroupeError
 from troupe.messages import Evaluated
-from troupe.records.compare.held_out import HeldOut, held_out_before, held_out_of
+from troupe.records.compare.held_out import held_out_before
 from troupe.records.compare.settings import settings_of
 from troupe.records.evaluations import read_evaluations
+from troupe.records.held_out import HeldOut, held_out_of
 from troupe.records.layout import METRICS, RUN_TOML, STORE
 from troupe.records.report.picture import STATES, State, planned_steps
 from troupe.records.sinks.jsonl import decode_step

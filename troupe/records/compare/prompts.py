@@ -7,7 +7,8 @@ import msgspec
 
 from troupe.errors import OutputError
 from troupe.messages import EvaluatedRow
-from troupe.records.compare.held_out import HeldOut, prompt_key
+from troupe.records.compare.held_out import prompt_key
+from troupe.records.held_out import HeldOut
 from troupe.records.store.prompts import AnsweredSample, PromptEnds, prompt_ends, prompt_of, samples_of
 from troupe.records.store.read import open_store
 from troupe.records.text import prompt_text

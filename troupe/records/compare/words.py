@@ -8,9 +8,9 @@ from typing import Any
 import msgspec
 
 from troupe.records import text as words
-from troupe.records.compare.held_out import HEADLINES, HeldOut, Point, distinct_figures, paired
+from troupe.records.compare.held_out import HEADLINES, distinct_figures, paired
 from troupe.records.compare.runs import ComparedRun, Group, RunComparison
-from troupe.records.held_out import is_share
+from troupe.records.held_out import HeldOut, Point, is_share
 from troupe.records.text import MISSING
 from troupe.rewards.estimates import Comparison
 

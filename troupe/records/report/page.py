@@ -10,10 +10,9 @@ import msgspec
 
 from troupe.messages.evaluations import HELD_OUT
 from troupe.records import text as words
-from troupe.records.compare.held_out import HeldOut, Point, in_words
 from troupe.records.conversations import Said, conversation_of, facts_of, observed_within, shortened
 from troupe.records.diagnosis import remedy_for, steps_of
-from troupe.records.held_out import is_share
+from troupe.records.held_out import HeldOut, Point, in_words, is_share
 from troupe.records.report.charts import sections_of
 from troupe.records.report.data import Axes, bars_of, chart_data, marks_of
 from troupe.records.report.picture import INCIDENTS_SHOWN, RunPicture, State

@@ -12,11 +12,12 @@ import msgspec
 
 from troupe.errors import InputError, OutputError
 from troupe.messages import Finding, Phase, Status
-from troupe.records.compare.held_out import HeldOut, held_out_before, held_out_of
+from troupe.records.compare.held_out import held_out_before
 from troupe.records.curves import Thinned, Thinner
 from troupe.records.diagnosis import Diagnosis, in_a_line
 from troupe.records.diagnosis.past import awaiting
 from troupe.records.evaluations import read_evaluations
+from troupe.records.held_out import HeldOut, held_out_of
 from troupe.records.layout import CHANGES, METRICS, RUN_TOML, STORE
 from troupe.records.report.run_time import RunTime
 from troupe.records.sinks.jsonl import decode_step
