@@ -2,6 +2,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import msgspec
+
 from troupe.messages import Evaluated
 from troupe.records.held_out import Point, Standings, is_share, most_telling
 
@@ -57,3 +59,18 @@ def test_a_reward_that_is_called_like_the_accuracy_is_not_it() -> None:
     assert str(held_out.sets["sums"]) == "accuracy 50.0% at step 10"
     assert is_share("accuracy")
     assert not is_share("accuracy_reward")
+
+
+def test_figures_of_other_conditions_are_not_compared() -> None:
+    """A set whose rows were changed under its name; results of before conditions were kept go on with any."""
+    held_out = Standings()
+    told = ((0, 0.9, None), (10, 0.8, "400 (sum a)"), (20, 0.25, "200 (sum b)"), (30, 0.5, "200 (sum b)"))
+    for version, accuracy, rows in told:
+        one = evaluated(version, "sums", {"eval/sums/accuracy": accuracy})
+        conditions = {} if rows is None else {"rows": rows, "num_samples": "1"}
+        held_out.add(msgspec.structs.replace(one, conditions=conditions))
+    of_set = held_out.sets["sums"]
+    assert of_set.changes == {20: ("rows 400 (sum a) → 200 (sum b)",)}
+    assert [[point.version for point in part] for part in of_set.stretches("accuracy")] == [[0, 10], [20, 30]]
+    line = "accuracy 25.0% → 50.0% at step 30 (other conditions before step 20), best 50.0% at step 30"
+    assert str(of_set) == line

@@ -1,12 +1,13 @@
 """What a run came to on rows that it is not trained on: of each set its figures by version, and the one that says most
 in a line for a person."""
 
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
 from troupe.messages import Evaluated, EvaluatedRow
-from troupe.messages.evaluations import HELD_OUT
+from troupe.messages.evaluations import HELD_OUT, changed
 from troupe.rewards.estimates import Comparison, compared, scores_by_row
 from troupe.runtime.terminal import arrows, one_line
 
@@ -36,15 +37,34 @@ class HeldOut(msgspec.Struct, frozen=True, kw_only=True):
     """Of the set."""
     figures: Mapping[str, tuple[Point, ...]]
     """`accuracy`, `avg@4`, `pass@4` and so on → what it was, by version; at least one."""
+    changes: Mapping[int, tuple[str, ...]] = {}
+    """Version → which conditions of the set changed with it, in words: figures before cannot be compared with it."""
     rows: tuple[EvaluatedRow, ...] = ()
     """Of the newest version; none where they are not stored."""
     first_rows: tuple[EvaluatedRow, ...] = ()
-    """Of the first version, where that is another."""
+    """Of the first version that can be compared with it, where that is another."""
 
     @property
     def versions(self) -> list[int]:
         """Those that were evaluated, ascending."""
         return sorted({point.version for points in self.figures.values() for point in points})
+
+    @property
+    def since(self) -> int:
+        """The first version that can be compared with the newest."""
+        return max(self.changes, default=self.versions[0])
+
+    def compared(self, figure: str) -> tuple[Point, ...]:
+        """What a figure was at the versions that can be compared with the newest; empty where none has it."""
+        return tuple(point for point in self.figures.get(figure, ()) if point.version >= self.since)
+
+    def stretches(self, figure: str) -> list[tuple[Point, ...]]:
+        """All points of a figure, those together that can be compared; none of them is empty."""
+        starts = sorted(self.changes)
+        found: list[list[Point]] = [[] for _ in range(len(starts) + 1)]
+        for point in self.figures.get(figure, ()):
+            found[bisect_right(starts, point.version)].append(point)
+        return [tuple(stretch) for stretch in found if stretch]
 
     @property
     def newest(self) -> int:
@@ -54,7 +74,8 @@ class HeldOut(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def headline(self) -> str:
         """The figure that tells most."""
-        return most_telling(self.figures) or next(iter(self.figures))
+        there = [figure for figure in self.figures if self.compared(figure)]
+        return most_telling(there) or there[0]
 
     @property
     def gained(self) -> Comparison | None:
@@ -63,10 +84,12 @@ class HeldOut(msgspec.Struct, frozen=True, kw_only=True):
 
     def __str__(self) -> str:
         figure = self.headline
-        points = self.figures[figure]
+        points = self.compared(figure)
         first, newest = points[0], points[-1]
         error = "" if newest.se is None else f" ± {_told(figure, newest.se)}"
         line = f"{_told(figure, newest.value)}{error} at step {newest.version:,}"
+        if self.changes:
+            line += f" (other conditions before step {self.since:,})"
         if first is newest:
             return f"{figure} {line}"
         best = max(points, key=lambda point: point.value)
@@ -102,15 +125,24 @@ class Standings:
 def held_out_of(evaluations: Iterable[Evaluated]) -> dict[str, HeldOut]:
     """Set → what the run came to on it, from all evaluations in order; sets without a figure are left out."""
     found: dict[str, dict[str, list[Point]]] = {}
+    conditions: dict[str, Mapping[str, str]] = {}
+    changes: dict[str, dict[int, tuple[str, ...]]] = {}
     for one in evaluations:
         figures = found.setdefault(one.name, {})
+        if differing := changed(conditions.get(one.name, {}), one.conditions):
+            changes.setdefault(one.name, {})[one.version] = differing
+        conditions[one.name] = one.conditions
         for metric, value in one.metrics.items():
             name = metric.removeprefix(f"eval/{one.name}/")
             if metric.removesuffix(_ERROR) == metric or metric.removesuffix(_ERROR) not in one.metrics:
                 point = Point(version=one.version, value=value, se=one.metrics.get(f"{metric}{_ERROR}"))
                 figures.setdefault(name, []).append(point)
     return {
-        name: HeldOut(name=name, figures={metric: tuple(points) for metric, points in _in_order(figures)})
+        name: HeldOut(
+            name=name,
+            figures={metric: tuple(points) for metric, points in _in_order(figures)},
+            changes=changes.get(name, {}),
+        )
         for name, figures in found.items()
         if figures
     }
@@ -119,6 +151,14 @@ def held_out_of(evaluations: Iterable[Evaluated]) -> dict[str, HeldOut]:
 def is_share(figure: str) -> bool:
     """Whether a figure of a set is a part of its rows or samples."""
     return any(_is(figure, kind) for kind in _SHARES)
+
+
+def changes_told(held_out: HeldOut) -> list[str]:
+    """A sentence for each change of the conditions under which a set is evaluated."""
+    return [
+        f"From step {version:,} on it is asked otherwise, and not to be compared with before: {'; '.join(differing)}."
+        for version, differing in held_out.changes.items()
+    ]
 
 
 def in_words(figure: str) -> str:

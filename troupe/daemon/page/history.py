@@ -50,11 +50,12 @@ def read_curves(path: Path) -> Curves:
 
 
 def held_out(evaluations: Iterable[Evaluated]) -> list[dict[str, Any]]:
-    """Of each set the figure that says most: its name, and versions, values and standard errors of the same length."""
+    """Of each set the figure that says most: its name, and versions, values and standard errors of the same length, of
+    those versions that can be compared with the newest."""
     told = []
     for name, of_set in held_out_of(evaluations).items():
         figure = of_set.headline
-        points = of_set.figures[figure]
+        points = of_set.compared(figure)
         told.append(
             {
                 "name": name,

@@ -43,8 +43,10 @@ def distinct_figures(runs: Sequence[HeldOut]) -> dict[str, list[str]]:
     a row and scores of 0 and 1, `accuracy`, `avg@1` and `pass@1` are."""
     found: dict[str, list[str]] = {}
     for figure in dict.fromkeys(figure for run in runs for figure in run.figures):
+        if not any(run.compared(figure) for run in runs):
+            continue
         for other, same in found.items():
-            if all(_are_alike(run.figures.get(figure, ()), run.figures.get(other, ())) for run in runs):
+            if all(_are_alike(run.compared(figure), run.compared(other)) for run in runs):
                 same.append(figure)
                 break
         else:

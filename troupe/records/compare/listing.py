@@ -173,7 +173,7 @@ def _ends(folder: Path, notes: list[str]) -> tuple[Glance, list[Evaluated]]:
 def _held_out(sets: Mapping[str, HeldOut]) -> tuple[str | None, Ends]:
     """The first set's most telling figure, and what it was."""
     for name, held_out in sets.items():
-        points = held_out.figures[held_out.headline]
+        points = held_out.compared(held_out.headline)
         first = points[0].value if len(points) > 1 or not points[0].version else None
         return f"eval/{name}/{held_out.headline}", (first, points[-1].value)
     return None, (None, None)

@@ -269,10 +269,10 @@ def _from_lines(path: Path, notes: list[str], diagnosis: Diagnosis) -> Thinned:
 
 
 def _held_out(run: StoredRun) -> dict[str, HeldOut]:
-    """With the rows of the first and of the newest version."""
+    """With the rows of the newest version, and of the first that can be compared with it."""
     found = {}
     for name, held_out in held_out_of(run.evaluations()).items():
-        first, newest = held_out.versions[0], held_out.newest
+        first, newest = held_out.since, held_out.newest
         found[name] = msgspec.structs.replace(
             held_out,
             rows=run.evaluated_rows(newest, name),
