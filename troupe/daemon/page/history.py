@@ -134,7 +134,8 @@ class History:
             case Happened():
                 at = round(self._clock(), 1)
                 for group in frame.groups:
-                    self._groups.append(self._event("group", {"at": at, "group": group}))
+                    told = {**msgspec.structs.asdict(group), "gid": str(group.gid)}  # JavaScript rounds above 2^53
+                    self._groups.append(self._event("group", {"at": at, "group": told}))
                 if frame.left_out:
                     text = f"{frame.left_out} further incidents are not shown"
                     self._incident(at, "daemon", "left_out", text)
