@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 
+from troupe.actors.evaluator.conditions import Conditions
 from troupe.actors.evaluator.decoding import EvalSet
 from troupe.actors.schedule import PromptSchedule, describe_prompts, think_notices, tokenize_prompts
 from troupe.actors.supervised import SupervisedSteps
@@ -70,6 +71,8 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
     """Of a warm start."""
     sets: tuple[EvalSet, ...] = ()
     """What is evaluated."""
+    conditions: dict[str, Conditions]
+    """Of each set, by name."""
     rewards: RewardManager
     longest_prompt: int
     """Tokens."""
@@ -150,6 +153,7 @@ def load_inputs(
         supervised=supervised,
         warm_rows=None if given_rows is None or not is_sampled else given_rows.dataset,
         sets=sets,
+        conditions={each.name: Conditions(each, each.settings.generation(config.generation)) for each in sets},
         rewards=rewards,
         longest_prompt=longest,
         acting_setup=acting_setup,
