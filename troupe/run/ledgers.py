@@ -99,6 +99,7 @@ class Ledgers:
             [each.name for each in prepared.inputs.sets],
             prepared.start.evaluated,
             prepared.folder,
+            {name: conditions.now() for name, conditions in prepared.inputs.conditions.items()},
             hold=self.board.hold,
         )
         self.writer = _make_writer(prepared, factories, self, check_folder)
@@ -128,7 +129,7 @@ def _make_writer(
         if not metric.startswith(OF_EVALUATION):
             return Judged()
         pending = evaluations.pending.keys()  # first: what is done with meanwhile has its value then
-        return Judged(evaluations.values(metric), pending)
+        return Judged(evaluations.values(metric, or_before=True), pending)
 
     def run_state(snapshot: Snapshot) -> RunState:
         standing = rewards.standing(snapshot.version)
