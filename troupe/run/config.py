@@ -14,6 +14,7 @@ import tomli_w
 
 from troupe.actors.evaluator.settings import EvaluationConfig
 from troupe.actors.schedule import ScheduleConfig
+from troupe.actors.teacher.settings import TeacherConfig
 from troupe.checkpoint import CheckpointConfig
 from troupe.cluster.settings import ClusterConfig
 from troupe.dataset import CurriculumConfig, DataConfig, anchored_source
@@ -73,6 +74,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     rewards: RewardsConfig = RewardsConfig()
     environment: EnvironmentConfig = EnvironmentConfig()
     learner: LearnerConfig = LearnerConfig()
+    teacher: TeacherConfig = TeacherConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -218,11 +220,11 @@ def write_config(config: RunConfig, path: Path) -> None:
 
 def _anchor_paths(table: dict[str, Any], base: Path) -> None:
     """Make the input paths of a raw table absolute; values of a wrong type are left for the type check."""
-    model = table.get("model")
-    if isinstance(model, dict) and isinstance(model.get("path"), str):
-        path = Path(moved_demo_file(str((base / expanded(model["path"])).absolute())))
-        if path.exists() or not is_hub_id(model["path"]):
-            model["path"] = str(policy_folder(path))
+    for model in (table.get("model"), table.get("teacher")):
+        if isinstance(model, dict) and isinstance(model.get("path"), str):
+            path = Path(moved_demo_file(str((base / expanded(model["path"])).absolute())))
+            if path.exists() or not is_hub_id(model["path"]):
+                model["path"] = str(policy_folder(path))
     adapter = table.get("adapter")
     if isinstance(adapter, dict) and isinstance(adapter.get("resume_from"), str):
         adapter["resume_from"] = str(policy_folder((base / expanded(adapter["resume_from"])).absolute()))

@@ -36,6 +36,7 @@ from troupe.run.curriculum import curriculum_for, curriculum_notices
 from troupe.run.engines import check_engine_inputs
 from troupe.run.resume.check import Resumption
 from troupe.run.sets import OF_EVALUATION, early_stop, finished_sets, judged_by, read_sets
+from troupe.run.teaching import LoadedTeacher, check_teaching, teacher_of
 
 _SHOWN_ROWS = 4
 """Of a source whose rows have to be made, for a run that is only shown."""
@@ -66,6 +67,8 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens."""
     acting_setup: ActingSetup | None = None
     """Where the policy acts; None: it answers once."""
+    teacher: LoadedTeacher | None = None
+    """With its arrays."""
     calls: Calls | None = None
     """Rewards and environments on workers; None: no worker can join the run."""
     total_steps: int
@@ -85,6 +88,7 @@ def load_inputs(
     acting: Acting = NOTHING_GIVEN,
 ) -> Inputs:
     """Load what the config names, beside which `given` and `acting` are used. InputError for what cannot be used."""
+    check_teaching(config)
     data, learner, model = config.data, config.learner, config.model.path
     assert model is not None
     first = _SHOWN_ROWS if to_show and not resume else None
@@ -95,6 +99,7 @@ def load_inputs(
     rewards, config = _rewards(config, given, dataset, world, calls)
     policy, fingerprint = begin_policy(model, config.model.dtype, config.adapter, config.seed)
     assert policy.path is not None
+    teacher = teacher_of(config.teacher, policy)
     config, notices = _with_rate(config, policy)
     if not resume:
         policy.check_stop_ids()
@@ -129,6 +134,7 @@ def load_inputs(
         rewards=rewards,
         longest_prompt=longest,
         acting_setup=acting_setup,
+        teacher=teacher,
         calls=calls,
         total_steps=total_steps,
         description=_described(dataset, prompt_ids, sets, policy),
@@ -251,7 +257,7 @@ def _rewards(
 ) -> tuple[RewardManager, RunConfig]:
     functions = config.rewards.functions
     if not functions and not given:
-        functions = (default_rewards(dataset, acting),)
+        functions = (default_rewards(dataset, acting, may_be_none=config.teacher.is_alone),)
         config = msgspec.structs.replace(config, rewards=msgspec.structs.replace(config.rewards, functions=functions))
     manager = make_rewards([*functions, *given], config.rewards, acting, [dataset], elsewhere=calls)
     manager.check_columns(dataset.columns)

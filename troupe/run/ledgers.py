@@ -105,7 +105,8 @@ class Ledgers:
             self.files = WeightsFiles(prepared.folder, at_once=schedule.max_staleness + 2)
         self.hosts: list[Start] = []
         """Who starts the generator's first processes beside the learner's ranks."""
-        self.devices = {name: factories.device(name) for name in ("generator", "learner", "checkpointer")}
+        working = ("generator", "learner", "checkpointer", *["teacher"] * config.teacher.is_on)
+        self.devices = {name: factories.device(name) for name in working}
         """By actor. Close them when all actors have ended, not before: on CUDA a thread that ends spoils what another
         computes."""
 
@@ -117,6 +118,7 @@ def _make_writer(
     # by themselves: the writer must not keep the weights that the run began with
     rewards, identity, stop_ids = prepared.inputs.rewards, prepared.start.identity, policy.eos_ids
     table, machine = config_table(config), prepared.rounding
+    teacher = prepared.inputs.teacher.fingerprint if prepared.inputs.teacher is not None else ""
     files_of = policy.base.files_of
     network, metric, evaluations = policy.config, config.checkpoint.metric_for_best, ledgers.evaluations
 
@@ -147,7 +149,7 @@ def _make_writer(
         policy.config,
         policy.companions,
         run_state=run_state,
-        made=lambda: Made(config=table, machine=machine, lacking=ledgers.sinks.lacking()),
+        made=lambda: Made(config=table, machine=machine, lacking=ledgers.sinks.lacking(), teacher=teacher),
         adapter_files=lambda weights: files_of(network, weights),
         check_folder=check_folder,
         ledger=_checkpoints_so_far(prepared),

@@ -29,6 +29,7 @@ from troupe.policy.decode.memory import decoding_adapter_bytes, device_ways
 from troupe.policy.network.tensors import network_bytes
 from troupe.run.config import RunConfig
 from troupe.run.learning_memory import BASE, gathered_bytes, lanes_bytes, learning_bytes, with_other_ranks
+from troupe.run.teaching_memory import teacher_bytes, teaching_bytes
 from troupe.run.workload import Workload
 from troupe.runtime.memory import GB, RESERVE, device_limit_gb
 
@@ -209,6 +210,8 @@ def _phases(config: RunConfig, work: Workload, choice: _Choice) -> dict[str, dic
     if choice.overlap:
         written = weights if is_free else held["policy versions"]
         held["checkpoint being written"] = written + held["optimizer state"]
+    if work.teacher is not None:
+        held["teacher"] = teacher_bytes(work.teacher)
     processes = _processes(config, work)
     if processes:
         held[_VERSIONS_THERE] = processes * (held.get(BASE, 0) + held["policy versions"])
@@ -219,6 +222,8 @@ def _phases(config: RunConfig, work: Workload, choice: _Choice) -> dict[str, dic
         _LAID_OUT: decoders * layouts * _laid_out_bytes(work),
         "decode": decoders * _decode_bytes(config, work, choice.prompts),
     }
+    if work.teacher is not None:
+        generating["teacher's forward pass"] = teaching_bytes(config, work, work.teacher)
     if evaluates and processes:  # its rows are decoded beside them
         generating["evaluation"] = _laid_out_bytes(work) + _decode_bytes(config, work, choice.prompts)
     held_while_learning = held | (generating if staleness or processes else {})

@@ -14,10 +14,12 @@ from troupe.actors.conversations import Conversations
 from troupe.actors.environment import Environment
 from troupe.actors.learner.actor import Learner, LearnerOutputs
 from troupe.actors.learner.gathering import gathering_for
-from troupe.actors.learner.train import LearnerState, Snapshots
+from troupe.actors.learner.snapshots import Snapshots
+from troupe.actors.learner.train import LearnerState
 from troupe.actors.metrics import Metrics
 from troupe.actors.prompter import Prompter
 from troupe.actors.scorer import Scorer
+from troupe.actors.teacher.actor import Teacher
 from troupe.messages import Incident, MemberStatus, Settle
 from troupe.policy import Weights
 from troupe.records.standing import Change
@@ -83,12 +85,14 @@ def build_pipeline(
         factories.mailbox,
         episodes=prepared.config.generation.num_generations if ledgers.conversations is not None else 0,
         evaluates=bool(prepared.inputs.sets),
+        teaches=prepared.config.teacher.is_on,
     )
     learner = _make_learner(prepared, wiring, ledgers, factories, check_folder)
     roles = (
         Role(_prompter(prepared, wiring, ledgers)),
         Role(make_generator(prepared, wiring, ledgers, factories, hub)),
         *([] if ledgers.conversations is None else [Role(_environment(wiring, ledgers, ledgers.conversations))]),
+        *([] if wiring.teaching is None else [Role(_teacher(prepared, wiring, ledgers))]),
         Role(_scorer(prepared, wiring, ledgers)),
         Role(lambda: learner, restartable=False),
         *([] if (evaluator := make_evaluator(prepared, wiring, ledgers, factories)) is None else [Role(evaluator)]),
@@ -129,13 +133,27 @@ def _environment(wiring: Wiring, ledgers: Ledgers, conversations: Conversations)
     return partial(
         Environment,
         wiring.acting.environment,
-        wiring.rollouts,
+        wiring.completed,
         wiring.acting.observations,
         wiring.acting.answered,
         conversations=conversations,
         alive=ledgers.prompts.alive.keys,
         hold=wiring.acting.hold,
         report=wiring.reporters["environment"],
+    )
+
+
+def _teacher(prepared: Prepared, wiring: Wiring, ledgers: Ledgers) -> Callable[[], Actor]:
+    assert wiring.teaching is not None
+    assert prepared.inputs.teacher is not None
+    return partial(
+        Teacher,
+        wiring.teaching.teacher,
+        wiring.rollouts,
+        device=ledgers.devices["teacher"],
+        teach=prepared.inputs.teacher.forward(prepared.config.generation.temperature).taught,
+        recorded=ledgers.recorded,
+        report=wiring.reporters["teacher"],
     )
 
 
@@ -248,6 +266,7 @@ def _metrics(wiring: Wiring, ledgers: Ledgers, members: Callable[[], Iterable[Me
         watched=(
             wiring.generator,
             *([] if wiring.acting is None else [wiring.acting.environment]),
+            *([] if wiring.teaching is None else [wiring.teaching.teacher]),
             wiring.scorer,
             wiring.learner,
             *([] if wiring.evaluating is None else [wiring.evaluating.evaluator]),

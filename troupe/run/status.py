@@ -32,7 +32,7 @@ _ENVIRONMENT = "environment"
 _TOLD_AFTER_S, _LONG_S = 2.0, 10.0
 """A wait for an environment is told of, and something may be wrong with it."""
 _MOST_NAMED, _LONGEST_NAME = 3, 60
-DEVICE_ACTORS = frozenset({"generator", "learner", "checkpointer", "evaluator"})
+DEVICE_ACTORS = frozenset({"generator", "learner", "checkpointer", "evaluator", "teacher"})
 """Actors whose work is long by nature, and cannot be told from a hang but by its name."""
 
 

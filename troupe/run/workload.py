@@ -9,6 +9,17 @@ from troupe.policy import Adapter, NetworkConfig, parameter_count
 from troupe.policy.adapter.modules import adapter_parameter_count, adapter_shapes
 
 
+class TeacherWork(NamedTuple):
+    """What the memory of a teacher follows from."""
+
+    network: NetworkConfig
+    dtype: mx.Dtype
+    adapter: Adapter | None
+    """Beside the network."""
+    shares_base: bool
+    """Whether the network is the base of the policy's own adapter."""
+
+
 class Workload(NamedTuple):
     """What the memory of a run follows from, besides its config."""
 
@@ -31,6 +42,7 @@ class Workload(NamedTuple):
     beside: int | None = None
     """Processes of the generator that share the memory of rank 0, where others do not; the plan is that of its card,
     which has the most."""
+    teacher: TeacherWork | None = None
     streams: int = 1
     """Micro-batches that may well be differentiated at a time, where the config does not say how many."""
 

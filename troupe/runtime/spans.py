@@ -14,7 +14,7 @@ from troupe.messages import Span
 
 Interval: TypeAlias = tuple[float, float]
 
-ON_DEVICE = ("generator", "learner")
+ON_DEVICE = ("generator", "learner", "teacher")
 """Actors whose work is the device's."""
 BEHIND_DEVICE = {"reward": "scorer", "logging": "metrics", "checkpoint": "checkpointer", "environment": "environment"}
 """Work that should hide behind the device's → the actor that does it."""

@@ -18,7 +18,8 @@ from troupe.actors.learner.measures import (
     staleness_statistics,
 )
 from troupe.actors.learner.scores import pass_rates, weighted_rewards
-from troupe.actors.learner.train import BatchTrainer, Learned, LearnerState, Snapshots
+from troupe.actors.learner.snapshots import Snapshots
+from troupe.actors.learner.train import BatchTrainer, Learned, LearnerState
 from troupe.errors import RunError
 from troupe.messages import (
     Checkpoint,

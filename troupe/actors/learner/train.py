@@ -1,4 +1,4 @@
-"""What the groups of one step make of a learner's state, on the device's thread, and what of it a checkpoint gets.
+"""What the groups of one step make of a learner's state, on the device's thread.
 
 A step's groups and the state before go in, the state after and the step's metrics come out; nothing waits. The state
 before is used up.
@@ -13,21 +13,19 @@ from typing import NamedTuple, Protocol
 import mlx.core as mx
 import msgspec
 
-from troupe.actors.curriculum import Curriculum
 from troupe.actors.learner.batch import Assembled, CompletionLogProbs, assemble
-from troupe.actors.learner.gathering import StepGroups, gid_of, slot_of
+from troupe.actors.learner.gathering import StepGroups, gid_of
 from troupe.actors.learner.measures import num_tokens
 from troupe.actors.learner.scores import group_statistics, has_signal, spread_statistics
 from troupe.actors.learner.token_figures import Watched
-from troupe.actors.ledgers import OpenGroups
+from troupe.actors.teacher.settings import TeacherConfig
 from troupe.grpo import Batch, LearnerConfig, StepResult, learning_rate, sync_reference, train_on_batch
 from troupe.grpo.loss import has_entropy_bonus
 from troupe.grpo.ranks import OneRank, Ranks
-from troupe.messages import MemberStatus, ScoredGroup, Snapshot, TokenFigures, Unfinished
+from troupe.messages import MemberStatus, ScoredGroup, TokenFigures
 from troupe.policy import Base, NetworkConfig, Weights
 from troupe.runtime.device import DeviceThread
 from troupe.runtime.linux_cpu import blas_limited
-from troupe.runtime.mailbox import Mailbox
 
 
 class LearnerState(msgspec.Struct, frozen=True, kw_only=True):
@@ -124,6 +122,8 @@ class BatchTrainer:
         self.ranks: Ranks = OneRank()
         """That learn a batch together."""
         self.watched: Watched | None = None
+        self.teacher: TeacherConfig | None = None
+        """By which the teacher's log-probs count; None: there is no teacher."""
         self.told: Callable[[int, Batch | None, Sequence[float]], None] = lambda version, batch, rates: None
         """Called with every step before it is learned: the version that it begins with, and learning rates."""
 
@@ -145,7 +145,8 @@ class BatchTrainer:
         return {gid_of(group) for group in groups if not self._has_signal(group)}
 
     def _has_signal(self, group: ScoredGroup) -> bool:
-        return has_signal(group, self.config, self.reward_weights, self._gamma)
+        teaches = self.teacher is not None and self.teacher.coef > 0.0
+        return teaches or has_signal(group, self.config, self.reward_weights, self._gamma)
 
     def train(self, state: LearnerState, step: StepGroups) -> Learned:
         """One learner batch."""
@@ -208,7 +209,13 @@ class BatchTrainer:
     def assemble(self, groups: Sequence[ScoredGroup], oldest: int | None) -> Assembled:
         """The groups as a batch, without tokens of versions before `oldest`."""
         return assemble(
-            groups, self.config, weights=self.reward_weights, pad_id=self._pad_id, oldest=oldest, gamma=self._gamma
+            groups,
+            self.config,
+            weights=self.reward_weights,
+            pad_id=self._pad_id,
+            oldest=oldest,
+            gamma=self._gamma,
+            teacher=self.teacher,
         )
 
     def learn(self, state: LearnerState, batch: Batch, on_part: Callable[[str], None]) -> StepResult:
@@ -252,96 +259,3 @@ class BatchTrainer:
         for _ in range(due):
             reference = sync_reference(reference, weights, config.ref_model_mixup_alpha)
         return reference
-
-
-class Snapshots:
-    """Makes the snapshots of a run, each with the means of the metrics since the one before."""
-
-    def __init__(
-        self,
-        *,
-        every: int,
-        beside_learning: bool = True,
-        with_reference: bool = False,
-        open_groups: OpenGroups,
-        recorded: Mapping[int, ScoredGroup],
-        next_prompt: Callable[[], int] = lambda: 0,
-        curriculum: Curriculum | None = None,
-    ) -> None:
-        """`beside_learning`: a step is learned while a checkpoint is written. `with_reference`: the reference follows
-        the policy. `open_groups`: shared with who begins them. `recorded`: gid → groups that had their scores when the
-        run was resumed and have not come to the learner yet. `next_prompt`: number of the prompt that will be begun
-        next. `curriculum`: chooses the rows of steps to come."""
-        self.every = every
-        """Steps from one snapshot to the next."""
-        self.beside_learning = beside_learning
-        self.open_groups = open_groups
-        self.curriculum = curriculum
-        self._with_reference = with_reference
-        self._recorded = recorded
-        self._next_prompt = next_prompt
-        self._sums: dict[str, tuple[float, int]] = {}
-
-    def add(self, metrics: Mapping[str, float]) -> None:
-        """Count the metrics of one more step."""
-        for name, value in metrics.items():
-            if math.isfinite(value):
-                total, count = self._sums.get(name, (0.0, 0))
-                self._sums[name] = total + value, count + 1
-
-    def oldest_open(self, batch_size: int) -> int:
-        """The first step of which a group is under way, or will be prompted next."""
-        return min([self._next_prompt() // batch_size, *(group.slot.step for group in self.open_groups.all())])
-
-    def forget_metrics(self) -> None:
-        """Begin new means, the snapshot with the old ones being sent."""
-        self._sums.clear()
-
-    def make(
-        self,
-        state: LearnerState,
-        inbox: Mailbox,
-        published: Mapping[int, Weights],
-        collected: Unfinished,
-        *,
-        final: bool = False,
-    ) -> Snapshot:
-        """Everything a checkpoint of `state` needs, by reference.
-
-        `published`: the versions on the board, and those still to be evaluated; `collected`: the groups that the
-        learner has; those in its `inbox` are found there.
-        """
-        means = {name: total / count for name, (total, count) in self._sums.items()}
-        return Snapshot(
-            version=state.version,
-            weights=state.weights,
-            optimizer_state=dict(state.optimizer_state),  # its own: the next step takes the learner's apart
-            behind={version: weights for version, weights in published.items() if version < state.version},
-            reference=state.reference if self._with_reference else None,
-            num_tokens=state.num_tokens,
-            skipped_in_a_row=state.skipped_in_a_row,
-            metrics={name: mean for name, mean in means.items() if math.isfinite(mean)},
-            unfinished=msgspec.structs.replace(
-                collected,
-                next=self._next_prompt(),
-                open=self.open_groups.all(),
-                scored=self._scored(state.version, inbox, set(map(gid_of, collected.collected))),
-            ),
-            curriculum=None if self.curriculum is None else self.curriculum.state(),
-            final=final,
-        )
-
-    def _scored(self, version: int, inbox: Mailbox, collected: set[int]) -> tuple[ScoredGroup, ...]:
-        """The groups that have their scores and are not collected: one that is being examined, those that wait, and
-        those from before a resume that are still on their way."""
-        scored: dict[int, ScoredGroup] = {}
-        for message in inbox.in_hand:
-            if isinstance(message, ScoredGroup) and self.open_groups.has(slot_of(message)):
-                scored[gid_of(message)] = message
-        for message in inbox.waiting:
-            if isinstance(message, ScoredGroup):
-                scored[gid_of(message)] = message
-        for gid, group in self._recorded.items():
-            if slot_of(group).step >= version or self.open_groups.has(slot_of(group)):
-                scored.setdefault(gid, group)
-        return tuple(group for gid, group in scored.items() if gid not in collected)

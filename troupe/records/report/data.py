@@ -18,7 +18,7 @@ _LONGEST_NAME = 100
 """Characters of what is told of a line."""
 _MOST_WAITS = 12
 """Environments and tools of which is told how long they took."""
-_ACTORS = ("generator", "environment", "scorer", "learner", "checkpointer", "prompter", "metrics")
+_ACTORS = ("generator", "environment", "teacher", "scorer", "learner", "checkpointer", "prompter", "metrics")
 _BESIDE = {"environment": "environments", "reward": "rewards", "checkpoint": "checkpoints", "logging": "logging"}
 
 

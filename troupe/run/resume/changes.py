@@ -71,6 +71,7 @@ RULES: dict[str, Rule] = {
     "learner.batch_size": "never",
     "learner.max_nonfinite_steps": "free",
     "learner.*": "by name",
+    "teacher.*": "by name",
     "schedule.mode": "never",
     "schedule.engines": "free",
     "schedule.generator": "free",

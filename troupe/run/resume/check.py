@@ -60,8 +60,10 @@ SETTLED_BY_CONTENTS = (
     "data.answer_column",
     "data.system_prompt",
 )
-_SAMPLED = re.compile(r"generation\..+|data\..+|rewards\.functions|environment\..+|curriculum\.enabled")
-"""Keys of which it depends what is sampled, and what scores it gets."""
+_SAMPLED = re.compile(
+    r"generation\..+|data\..+|rewards\.functions|teacher\.(path|dtype)|environment\..+|curriculum\.enabled"
+)
+"""Keys of which it depends what is sampled, what scores it gets, and what a teacher says of it."""
 
 
 class Resumption(msgspec.Struct, frozen=True, kw_only=True):
