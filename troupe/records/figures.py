@@ -93,6 +93,11 @@ CHARTS = {
         "KL to the reference",
         "How far the policy has moved from where it began, nats a token.",
     ),
+    "teacher_kl": ChartSpec(
+        "Learning",
+        "KL to the teacher",
+        "By the sampled tokens, nats a token: what on-policy distillation lowers.",
+    ),
     "entropy": ChartSpec("Learning", "Entropy", "Nats a token: near 0 the policy writes the same again and again."),
     "clip_ratio": ChartSpec(
         "Learning", "Clipped tokens", "Part of the tokens whose ratio lies outside the clip range.", "percent"
@@ -217,6 +222,10 @@ FIGURES = {
     "frac_reward_zero_std": Figure(chart="no_signal", name="all rewards equal"),
     "loss": Figure("+.4f", "loss", ("learning", "loss"), status="+.4f", chart="loss"),
     "kl": Figure(".4f", "KL", ("learning", "KL"), status=".4f", chart="kl", of="loss"),
+    "teacher/kl": Figure(
+        ".4f", "KL to teacher", ("learning", "teacher KL"), status=".4f", chart="teacher_kl", of="loss"
+    ),
+    "teacher/coef": Figure(of="loss"),
     "entropy": Figure(".3f", "entropy", ("learning", "entropy"), status=".3f", chart="entropy"),
     "clip_ratio/region_mean": Figure(
         ".1%", "clipped", ("learning", "clipped"), chart="clip_ratio", name="either side", of="loss"

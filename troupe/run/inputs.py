@@ -1,5 +1,7 @@
 """Inputs: what a run is made from, loaded and checked, the cheap checks first."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from datetime import date
 from functools import partial
@@ -35,6 +37,7 @@ from troupe.run.config import RunConfig
 from troupe.run.curriculum import curriculum_for, curriculum_notices
 from troupe.run.engines import check_engine_inputs
 from troupe.run.resume.check import Resumption
+from troupe.run.resume.newest import Identity
 from troupe.run.sets import OF_EVALUATION, early_stop, finished_sets, judged_by, read_sets
 from troupe.run.teaching import LoadedTeacher, check_teaching, teacher_of
 
@@ -77,6 +80,20 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
     notices: tuple[str, ...]
     """What the user should know, one line each."""
 
+    @property
+    def identity(self) -> Identity:
+        """What makes the run this one."""
+        return Identity(
+            dataset=self.dataset.fingerprint,
+            model=self.fingerprint,
+            rewards=self.rewards.names,
+            teacher="" if self.teacher is None else self.teacher.fingerprint,
+        )
+
+    def without_teacher(self) -> Inputs:
+        """Without its arrays, that is."""
+        return msgspec.structs.replace(self, teacher=None)
+
 
 def load_inputs(
     config: RunConfig,
@@ -88,7 +105,6 @@ def load_inputs(
     acting: Acting = NOTHING_GIVEN,
 ) -> Inputs:
     """Load what the config names, beside which `given` and `acting` are used. InputError for what cannot be used."""
-    check_teaching(config)
     data, learner, model = config.data, config.learner, config.model.path
     assert model is not None
     first = _SHOWN_ROWS if to_show and not resume else None
@@ -99,7 +115,6 @@ def load_inputs(
     rewards, config = _rewards(config, given, dataset, world, calls)
     policy, fingerprint = begin_policy(model, config.model.dtype, config.adapter, config.seed)
     assert policy.path is not None
-    teacher = teacher_of(config.teacher, policy)
     config, notices = _with_rate(config, policy)
     if not resume:
         policy.check_stop_ids()
@@ -134,7 +149,7 @@ def load_inputs(
         rewards=rewards,
         longest_prompt=longest,
         acting_setup=acting_setup,
-        teacher=teacher,
+        teacher=teacher_of(config.teacher, policy),
         calls=calls,
         total_steps=total_steps,
         description=_described(dataset, prompt_ids, sets, policy),
@@ -217,6 +232,7 @@ def _dated(config: RunConfig, policy: Policy, *, begins: bool) -> RunConfig:
 def _with_rate(config: RunConfig, policy: Policy) -> tuple[RunConfig, list[str]]:
     """With the learning rate where the config leaves it open, and what to tell of that and of an adapter."""
     adapter, lr, notices = policy.base.adapter, config.learner.lr, list[str]()
+    check_teaching(config)
     _check_experts(config.learner, policy.config)
     if adapter is not None:
         _check_reference(config.learner)

@@ -118,7 +118,6 @@ def _make_writer(
     # by themselves: the writer must not keep the weights that the run began with
     rewards, identity, stop_ids = prepared.inputs.rewards, prepared.start.identity, policy.eos_ids
     table, machine = config_table(config), prepared.rounding
-    teacher = prepared.inputs.teacher.fingerprint if prepared.inputs.teacher is not None else ""
     files_of = policy.base.files_of
     network, metric, evaluations = policy.config, config.checkpoint.metric_for_best, ledgers.evaluations
 
@@ -149,7 +148,7 @@ def _make_writer(
         policy.config,
         policy.companions,
         run_state=run_state,
-        made=lambda: Made(config=table, machine=machine, lacking=ledgers.sinks.lacking(), teacher=teacher),
+        made=lambda: Made(config=table, machine=machine, lacking=ledgers.sinks.lacking(), teacher=identity.teacher),
         adapter_files=lambda weights: files_of(network, weights),
         check_folder=check_folder,
         ledger=_checkpoints_so_far(prepared),

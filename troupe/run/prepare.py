@@ -48,7 +48,6 @@ from troupe.run.resume.newest import (
     restored_pinned,
 )
 from troupe.run.sets import check_decodes
-from troupe.run.teaching import check_same_teacher
 from troupe.runtime import linux_cpu
 from troupe.runtime.machine import arithmetic
 from troupe.runtime.memory import check_wired_limit
@@ -85,8 +84,7 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
 
     def without_arrays(self) -> Prepared:
         """What is to be known once a run goes on by itself, which keeps the arrays that it needs."""
-        inputs = msgspec.structs.replace(self.inputs, teacher=None)
-        return msgspec.structs.replace(self, start=self.start.without_arrays(), inputs=inputs)
+        return msgspec.structs.replace(self, start=self.start.without_arrays(), inputs=self.inputs.without_teacher())
 
     @property
     def live(self) -> Live:
@@ -249,7 +247,7 @@ def start_run(folder: Path, config: RunConfig, inputs: Inputs, resumption: Resum
     """Find the newest checkpoint where the run is resumed. CheckpointError, ConfigError or RewardError where it cannot
     go on so."""
     policy, rewards = inputs.policy, inputs.rewards
-    identity = Identity(dataset=inputs.dataset.fingerprint, model=inputs.fingerprint, rewards=rewards.names)
+    identity = inputs.identity
     checkpoint: Checkpoint | None = None
     notices: list[str] = []
     lost: list[str] = []
@@ -257,7 +255,6 @@ def start_run(folder: Path, config: RunConfig, inputs: Inputs, resumption: Resum
         checkpoint, notices = newest_checkpoint(folder, resumption, config, identity, policy)
     if checkpoint is not None:
         policy = as_begun(policy, checkpoint)
-        check_same_teacher(folder, checkpoint.made, inputs.teacher, resumption)
     if resumption is not None:
         stored = resumption.stored.learner
         before = count_steps(

@@ -1,17 +1,13 @@
-"""The teacher of a run: whether it can teach this policy, what it takes, and whether it is still the same."""
-
-from pathlib import Path
+"""The teacher of a run: whether it can teach this policy, and what it takes."""
 
 import msgspec
 
 from troupe.actors.teacher.forward import TeacherForward
 from troupe.actors.teacher.settings import TeacherConfig
-from troupe.checkpoint import Made
-from troupe.errors import CheckpointError, ConfigError, ModelError
+from troupe.errors import ConfigError, ModelError
 from troupe.policy import DTYPES, Policy
 from troupe.policy.load import load_teacher
 from troupe.run.config import RunConfig
-from troupe.run.resume.check import Resumption
 from troupe.run.workload import TeacherWork
 
 _OF_WHOLE_COMPLETIONS = ("rloo", "gmpo")
@@ -76,14 +72,3 @@ def teacher_of(config: TeacherConfig, student: Policy) -> LoadedTeacher | None:
         )
     shares = student.base.is_whole and policy.base.weights is student.base.weights
     return LoadedTeacher(policy=policy, fingerprint=fingerprint, shares_base=shares)
-
-
-def check_same_teacher(folder: Path, made: Made, teacher: LoadedTeacher | None, resumption: Resumption | None) -> None:
-    """CheckpointError where another teacher lies now where the run's was, unless that is allowed."""
-    now = "" if teacher is None else teacher.fingerprint
-    allowed = frozenset() if resumption is None else resumption.allowed
-    if made.teacher and now and made.teacher != now and "teacher.path" not in allowed:
-        raise CheckpointError(
-            f"{folder}: the run has learned from another teacher than the one now in teacher.path, whose "
-            "configuration, tokenizer or weights differ; restore it, or allow the other by --allow-change teacher.path"
-        )

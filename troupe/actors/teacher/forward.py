@@ -22,13 +22,14 @@ class TeacherForward:
     base: Base
     """What the weights complete; empty: they are the whole network."""
     temperature: float
+    most_places: int = MOST_PLACES
 
     def taught(self, group: RolloutGroup) -> RolloutGroup:
         """The group with `teacher_log_probs` in each of its rollouts."""
         network = self.base.completed(self.config, self.weights)
         found = [list(rollout.log_probs) for rollout in group.rollouts]
         rows = [(row, known) for row in rows_of([group]) if (known := self._known(row))]
-        for piece in _pieces(rows):
+        for piece in _pieces(rows, self.most_places):
             log_probs, _ = completion_statistics(
                 self.config,
                 network,
@@ -67,14 +68,14 @@ def is_taught(group: RolloutGroup) -> bool:
     return all(len(rollout.teacher_log_probs) == len(rollout.token_ids) for rollout in group.rollouts)
 
 
-def _pieces(rows: Sequence[tuple[Row, tuple[int, ...]]]) -> Iterator[list[tuple[Row, tuple[int, ...]]]]:
-    """Neighbouring rows that are computed together: as many as `MOST_PLACES` has room for, each as long as the longest
+def _pieces(rows: Sequence[tuple[Row, tuple[int, ...]]], most: int) -> Iterator[list[tuple[Row, tuple[int, ...]]]]:
+    """Neighbouring rows that are computed together: as many as `most` places have room for, each as long as the longest
     prompt and the longest completion of them, at least one."""
     piece: list[tuple[Row, tuple[int, ...]]] = []
     prompt = completion = 0
     for row, known in rows:
         grown = max(prompt, len(row.prompt_ids)), max(completion, len(known))
-        if piece and (len(piece) + 1) * sum(grown) > MOST_PLACES:
+        if piece and (len(piece) + 1) * sum(grown) > most:
             yield piece
             piece, grown = [], (len(row.prompt_ids), len(known))
         piece.append((row, known))
