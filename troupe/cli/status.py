@@ -11,7 +11,7 @@ from troupe.messages import NOTHING_TOLD, LiveGroup, MemberStatus, Status
 from troupe.records.diagnosis import in_full
 from troupe.records.evaluations import read_evaluations
 from troupe.records.figures import FIGURES, function_of, written
-from troupe.records.held_out import HeldOut
+from troupe.records.held_out import Standings
 from troupe.records.members import called, summary, told, worth_telling
 from troupe.records.trend import Trend, area, stored_rewards, trend_of
 from troupe.runtime.terminal import arrows, one_line
@@ -28,18 +28,15 @@ class Past(msgspec.Struct, frozen=True, kw_only=True):
     """What a run came to so far."""
 
     reward: Trend = msgspec.field(default_factory=Trend)
-    held_out: HeldOut = msgspec.field(default_factory=HeldOut)
+    held_out: Standings = msgspec.field(default_factory=Standings)
     encoding: str = "utf-8"
     """Of what is printed."""
 
 
 def read_past(folder: Path) -> Past:
     """As far as the files in a run folder say it."""
-    held_out = HeldOut()
-    for evaluated in read_evaluations(folder):
-        held_out.add(evaluated.version, evaluated.name, evaluated.metrics)
     reward = trend_of(stored_rewards(folder))
-    return Past(reward=reward, held_out=held_out, encoding=sys.stdout.encoding or "utf-8")
+    return Past(reward=reward, held_out=Standings(read_evaluations(folder)), encoding=sys.stdout.encoding or "utf-8")
 
 
 def describe(status: Status, name: str, past: Past | None = None) -> str:

@@ -13,6 +13,13 @@ MOST_ROWS = 2**32
 """Of a set: by it groups that are evaluated have their gids, which are below 0."""
 
 
+def changed(before: Mapping[str, str], now: Mapping[str, str]) -> tuple[str, ...]:
+    """Which conditions of a set differ, in words. Nothing where either is not known, as of older Troupes' results."""
+    return tuple(
+        f"{name} {before[name]} → {now[name]}" for name in before if before[name] != now.get(name, before[name])
+    )
+
+
 def row_of(gid: int) -> int:
     """The row of a group that was evaluated."""
     return (-1 - gid) % MOST_ROWS if gid < 0 else gid
@@ -48,7 +55,7 @@ class EvaluatedRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     samples: tuple[EvaluatedSample, ...]
 
 
-class Evaluated(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+class Evaluated(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, tag=True):
     """Evaluator → Metrics: a set was evaluated with a version; once for each of both."""
 
     version: int
@@ -61,3 +68,6 @@ class Evaluated(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """In order."""
     seconds: float = 0.0
     """From its first token to its last score."""
+    conditions: Mapping[str, str] = {}
+    """What the figures depend on besides the policy, such as `num_samples` → `4`; empty where that is not known. Only
+    figures of equal conditions can be compared."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 
+from troupe.actors.evaluator.conditions import Conditions
 from troupe.actors.evaluator.decoding import EvalSet
 from troupe.actors.schedule import PromptSchedule, count_steps, describe_prompts, think_notices, tokenize_prompts
 from troupe.cluster.calls import Calls
@@ -65,6 +66,8 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
     schedule: PromptSchedule
     sets: tuple[EvalSet, ...] = ()
     """What is evaluated."""
+    conditions: dict[str, Conditions]
+    """Of each set, by name."""
     rewards: RewardManager
     longest_prompt: int
     """Tokens."""
@@ -146,6 +149,7 @@ def load_inputs(
         dataset=dataset,
         schedule=_schedule(config, dataset, prompt_ids, rewards, opened),
         sets=sets,
+        conditions={each.name: Conditions(each, each.settings.generation(config.generation)) for each in sets},
         rewards=rewards,
         longest_prompt=longest,
         acting_setup=acting_setup,

@@ -96,7 +96,10 @@ class Ledgers:
             thread=factories.sink_thread,
         )
         self.evaluations = EvaluationLedger(
-            [each.name for each in prepared.inputs.sets], prepared.start.evaluated, prepared.folder
+            [each.name for each in prepared.inputs.sets],
+            prepared.start.evaluated,
+            prepared.folder,
+            {name: conditions.now() for name, conditions in prepared.inputs.conditions.items()},
         )
         self.writer = _make_writer(prepared, factories, self, check_folder)
         self.files: WeightsFiles | None = None
@@ -125,7 +128,7 @@ def _make_writer(
         if not metric.startswith(OF_EVALUATION):
             return Judged()
         pending = evaluations.pending.keys()  # first: what is done with meanwhile has its value then
-        return Judged(evaluations.values(metric), pending)
+        return Judged(evaluations.values(metric, or_before=True), pending)
 
     def run_state(snapshot: Snapshot) -> RunState:
         standing = rewards.standing(snapshot.version)

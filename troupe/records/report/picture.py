@@ -12,11 +12,12 @@ import msgspec
 
 from troupe.errors import InputError, OutputError
 from troupe.messages import Finding, Phase, Status
-from troupe.records.compare.held_out import HeldOut, held_out_before, held_out_of
+from troupe.records.compare.held_out import held_out_before
 from troupe.records.curves import Thinned, Thinner
 from troupe.records.diagnosis import Diagnosis, in_a_line
 from troupe.records.diagnosis.past import awaiting
 from troupe.records.evaluations import read_evaluations
+from troupe.records.held_out import HeldOut, held_out_of
 from troupe.records.layout import CHANGES, METRICS, RUN_TOML, STORE
 from troupe.records.report.run_time import RunTime
 from troupe.records.sinks.jsonl import decode_step
@@ -268,10 +269,10 @@ def _from_lines(path: Path, notes: list[str], diagnosis: Diagnosis) -> Thinned:
 
 
 def _held_out(run: StoredRun) -> dict[str, HeldOut]:
-    """With the rows of the first and of the newest version."""
+    """With the rows of the newest version, and of the first that can be compared with it."""
     found = {}
     for name, held_out in held_out_of(run.evaluations()).items():
-        first, newest = held_out.versions[0], held_out.newest
+        first, newest = held_out.since, held_out.newest
         found[name] = msgspec.structs.replace(
             held_out,
             rows=run.evaluated_rows(newest, name),

@@ -17,7 +17,7 @@ from rich.text import Text
 from troupe.messages import Evaluated, Finding, GroupClosed, Incident, Phase, Status, Update
 from troupe.records.diagnosis import in_a_line
 from troupe.records.figures import FIGURES, function_of, queue_depths, written
-from troupe.records.held_out import HeldOut
+from troupe.records.held_out import Standings
 from troupe.records.members import at_a_glance, called, summary, worth_telling
 from troupe.records.sinks.base import RunInfo
 from troupe.records.sinks.digest import Sample, samples_of
@@ -94,7 +94,7 @@ class Display:
         self._step, self._total_steps = run.first_step, run.total_steps
         self._ends: deque[tuple[int, float]] = deque([(run.first_step, self._began_s)], maxlen=_PACE_STEPS + 1)
         self._metrics: Mapping[str, float] = {}
-        self._reward, self._held_out = trend_of(run.past), HeldOut()
+        self._reward, self._held_out = trend_of(run.past), Standings()
         self._sample: Sample | None = None
         self._status: Status | None = None
         self._findings: Sequence[Finding] = ()
@@ -109,14 +109,14 @@ class Display:
             self._reward.add(message.step, message.metrics.get("reward", math.nan))
             self._findings = message.findings
         elif isinstance(message, Evaluated):
-            self._held_out.add(message.version, message.name, message.metrics)
+            self._held_out.add(message)
         elif isinstance(message, GroupClosed):
             if samples := samples_of(message):
                 self._sample = samples[0]
         elif isinstance(message, Status):
             self._status, self._findings = message, message.findings
             for evaluated in message.evaluated:  # before this start, too
-                self._held_out.add(evaluated.version, evaluated.name, evaluated.metrics)
+                self._held_out.add(evaluated)
         elif isinstance(message, Incident):
             self._incidents += 1
             self._last_incident = f"{message.actor}: {message.message}"

@@ -8,8 +8,8 @@ completions  one row a sample of a group
 answers      one row a turn of a sample whose step may still be made again; see `answers.py`
 token_figures  one row a sample that was learned from, where they are kept: float32 of each token
 episodes     one row a sample that acted in an environment or called tools; see `episodes.py`
-evaluations, evaluation_rows, evaluation_samples  what the policy came to on rows that it is not trained on; see
-             `evaluations.py`
+evaluations, evaluation_rows, evaluation_samples, evaluation_conditions  what the policy came to on rows that it is not
+             trained on; see `evaluations.py`
 members      one row a worker, process, engine or rank and start that it worked in; see `members.py`
 incidents    what went wrong, of all starts
 checkpoints  those written; `removed_at` of those that made room for newer ones
