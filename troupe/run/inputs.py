@@ -137,9 +137,7 @@ def load_inputs(
     if acting_setup is not None:
         acting_setup = acting_setup.within(longest, config.generation.max_completion_length)
         notices += acting_setup.notices(config)
-    total_steps = count_steps(
-        dataset.in_all, batch_size=learner.batch_size, epochs=learner.epochs, max_steps=learner.max_steps
-    )
+    total_steps = _steps(learner, dataset.in_all)
     notices += curriculum_notices(config, rewards.names, rows=dataset.in_all, steps=total_steps)
     return Inputs(
         config=config,
@@ -159,6 +157,11 @@ def load_inputs(
         description=_described(dataset, prompt_ids, sets, policy),
         notices=tuple(notices),
     )
+
+
+def _steps(learner: LearnerConfig, rows: int) -> int:
+    """Of the run, by its settings."""
+    return count_steps(rows, batch_size=learner.batch_size, epochs=learner.epochs, max_steps=learner.max_steps)
 
 
 def _tokenizer(
