@@ -43,6 +43,11 @@ def check_teaching(config: RunConfig) -> None:
         raise ConfigError(
             "teacher.path is missing, and other keys of [teacher] are set; name the teacher, or none of them"
         )
+    if config.task != "grpo":
+        raise ConfigError(
+            f'teacher.path is set, but task is "{config.task}", and a teacher is asked about what the policy samples; '
+            "leave it out"
+        )
     said = None
     if learner.loss_type in _OF_WHOLE_COMPLETIONS:
         said = f'learner.loss_type is "{learner.loss_type}"'

@@ -110,7 +110,7 @@ class Rig:
                 open_groups=self.open_groups,
                 recorded=recorded,
             ),
-            prompts_per_epoch=8,
+            epoch=lambda version: version / 4,
             meter=meter,
             report=self.reports.reporter("learner"),
         )

@@ -1,4 +1,4 @@
-"""What of a learner's state, and of the groups under way, a checkpoint gets."""
+"""What of a learner's state, and of the groups that are under way, a checkpoint gets."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -71,6 +71,9 @@ class Snapshots:
         `published`: the versions on the board, and those still to be evaluated; `collected`: the groups that the
         learner has; those in its `inbox` are found there.
         """
+        collected = msgspec.structs.replace(
+            collected, collected=tuple(group for group in collected.collected if not group.group.supervised)
+        )
         means = {name: total / count for name, (total, count) in self._sums.items()}
         return Snapshot(
             version=state.version,
@@ -104,4 +107,5 @@ class Snapshots:
         for gid, group in self._recorded.items():
             if slot_of(group).step >= version or self.open_groups.has(slot_of(group)):
                 scored.setdefault(gid, group)
-        return tuple(group for gid, group in scored.items() if gid not in collected)
+        # what is given, and not sampled, is there without a checkpoint
+        return tuple(g for gid, g in scored.items() if gid not in collected and not g.group.supervised)
