@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 from io import StringIO
 
+import msgspec
 import pytest
 from rich.cells import cell_len
 from rich.console import Console
@@ -192,8 +193,15 @@ def test_incidents_and_diagnosis_are_seen_in_every_window(width: int, height: in
 
 def test_the_one_set_of_rows_beside_the_prompts_needs_no_name() -> None:
     display = climbing()
-    display.add(status(evaluated=(evaluated(0, 0.25, "held_out"),)))
+    display.add(evaluated(0, 0.25, "held_out"))
     assert line(display, "held-out") == "held-out  avg@4 0.250 ± 0.020 at step 0"
+
+
+def test_after_a_resume_all_evaluations_before_it_count() -> None:
+    past = (evaluated(0, 0.25), evaluated(20, 0.75), evaluated(40, 0.5))
+    display = Display(msgspec.structs.replace(RUN, first_step=40, evaluated=past), clock=Clock())
+    told = "held-out  sums  avg@4 0.250 → 0.500 ± 0.020 at step 40, best 0.750 at step 20"
+    assert told in "\n".join(drawn(display, 120))
 
 
 def evaluated(version: int, value: float, name: str = "sums") -> Evaluated:

@@ -140,7 +140,7 @@ class PlainSink:
         self._at = ""
         self._repeats = Repeats()
         self._comings = Comings()
-        self._held_out = Standings()
+        self._held_out = Standings(run.evaluated)
         self._found: frozenset[tuple[str, int]] = frozenset()
 
     def open(self) -> None:

@@ -94,7 +94,7 @@ class Display:
         self._step, self._total_steps = run.first_step, run.total_steps
         self._ends: deque[tuple[int, float]] = deque([(run.first_step, self._began_s)], maxlen=_PACE_STEPS + 1)
         self._metrics: Mapping[str, float] = {}
-        self._reward, self._held_out = trend_of(run.past), Standings()
+        self._reward, self._held_out = trend_of(run.past), Standings(run.evaluated)
         self._sample: Sample | None = None
         self._status: Status | None = None
         self._findings: Sequence[Finding] = ()
@@ -115,8 +115,6 @@ class Display:
                 self._sample = samples[0]
         elif isinstance(message, Status):
             self._status, self._findings = message, message.findings
-            for evaluated in message.evaluated:  # before this start, too
-                self._held_out.add(evaluated)
         elif isinstance(message, Incident):
             self._incidents += 1
             self._last_incident = f"{message.actor}: {message.message}"
