@@ -13,7 +13,8 @@ from tests.records.sinks.steps import Clock, closed, status, update
 from troupe.messages import Activity, Evaluated, Finding, GroupClosed, Incident, Slot
 from troupe.records.figures import queue_depths
 from troupe.records.sinks.base import RunInfo
-from troupe.records.sinks.display import Display, clock_time, shown_metrics
+from troupe.records.sinks.display import Display
+from troupe.records.sinks.display_lines import clock_time, shown_metrics
 from troupe.records.sinks.drawing import bar, fitted
 
 RUN = RunInfo(name="kind-001", folder="runs/kind-001", total_steps=100, first_step=0)
