@@ -135,11 +135,7 @@ class Display:
             first, second, third = (panel(heading, panels[heading], _WIDE_PANEL) for heading in _PANELS)
             room = width - 2 * (_WIDE_PANEL + GAP)
             right = beside([[*first, Text(" " * _WIDE_PANEL), *third], second])
-            below = [
-                *function_lines(self._metrics, self._encoding),
-                *pool_lines(self._metrics),
-                *self._held_out_lines(),
-            ]
+            below = [*function_lines(self._metrics, self._encoding), *pool_lines(self._metrics)]
             left = [*self._curve(room, max(chart, len(right) - 1 - len(below))), *below]
             yield Block(beside([[padded(text, room) for text in left], right]))
             yield Block(self._held_out_lines(), rank=2)
