@@ -41,6 +41,8 @@ _SECTIONS = {
     "model": "The policy that the run begins with.",
     "adapter": "What is trained beside the model, where not all of it is. See [adapters](adapters.md).",
     "data": "The prompts. See [prompts](datasets.md).",
+    "sft": "What of the rows of supervised steps is learned. See [supervised steps](sft.md).",
+    "warm_start": "Supervised steps before the first one that is sampled. See [supervised steps](sft.md#a-warm-start).",
     "curriculum": "Which prompts come how often. See [curriculum](curriculum.md).",
     "generation": "How completions are sampled. See [sampling](sampling.md) for the order in which filters act.",
     "rewards": "What is scored, and how reward code is run. See [rewards](rewards.md).",

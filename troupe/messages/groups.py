@@ -98,6 +98,9 @@ class RolloutGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ascending ids, one byte each, or two where there are more than 256."""
     episodes: tuple[Episode, ...] = ()
     """(G,) what became of each sample, where the policy acts in an environment or has tools."""
+    supervised: bool = False
+    """Whether its completion is the dataset's and was not sampled: nothing scores it, and its likelihood is what is
+    learned."""
 
 
 class ScoredGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):

@@ -14,7 +14,8 @@ from troupe.actors.conversations import Conversations
 from troupe.actors.environment import Environment
 from troupe.actors.learner.actor import Learner, LearnerOutputs
 from troupe.actors.learner.gathering import gathering_for
-from troupe.actors.learner.train import LearnerState, Snapshots
+from troupe.actors.learner.snapshots import Snapshots
+from troupe.actors.learner.train import LearnerState
 from troupe.actors.metrics import Metrics
 from troupe.actors.prompter import Prompter
 from troupe.actors.scorer import Scorer
@@ -83,6 +84,7 @@ def build_pipeline(
         factories.mailbox,
         episodes=prepared.config.generation.num_generations if ledgers.conversations is not None else 0,
         evaluates=bool(prepared.inputs.sets),
+        supervised=prepared.inputs.supervised is not None,
     )
     learner = _make_learner(prepared, wiring, ledgers, factories, check_folder)
     roles = (
@@ -114,6 +116,7 @@ def _prompter(prepared: Prepared, wiring: Wiring, ledgers: Ledgers) -> Callable[
         Prompter,
         wiring.prompter,
         wiring.prompts,
+        wiring.given,
         schedule=prepared.inputs.schedule,
         credits=ledgers.credits,
         ledger=ledgers.prompts,
@@ -188,17 +191,18 @@ def _make_learner(
             min_scored=config.rewards.min_scored,
             resampling=config.learner.max_resampling_attempts,
             unfinished=prepared.start.restored.collected,
+            supervised=prepared.inputs.supervised_steps,
         ),
         snapshots=Snapshots(
             every=prepared.live.checkpoint_every,
             beside_learning=config.checkpoint.overlap is not False,
-            with_reference=config.learner.sync_ref_model,
+            with_reference=config.learner.sync_ref_model or prepared.inputs.supervised is not None,
             open_groups=ledgers.open_groups,
             recorded=ledgers.recorded,
             next_prompt=lambda: prompts.next,
             curriculum=prepared.inputs.schedule.curriculum,
         ),
-        prompts_per_epoch=prepared.inputs.schedule.rows,
+        epoch=prepared.inputs.schedule.epoch,
         keep_rate=keep_rate,
         report=wiring.reporters["learner"],
     )

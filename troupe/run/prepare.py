@@ -246,7 +246,7 @@ def start_run(folder: Path, config: RunConfig, inputs: Inputs, resumption: Resum
     """Find the newest checkpoint where the run is resumed. CheckpointError, ConfigError or RewardError where it cannot
     go on so."""
     policy, rewards = inputs.policy, inputs.rewards
-    identity = Identity(dataset=inputs.dataset.fingerprint, model=inputs.fingerprint, rewards=rewards.names)
+    identity = Identity(dataset=inputs.rows_fingerprint, model=inputs.fingerprint, rewards=rewards.names)
     checkpoint: Checkpoint | None = None
     notices: list[str] = []
     lost: list[str] = []
@@ -256,7 +256,7 @@ def start_run(folder: Path, config: RunConfig, inputs: Inputs, resumption: Resum
         policy = as_begun(policy, checkpoint)
     if resumption is not None:
         stored = resumption.stored.learner
-        before = count_steps(
+        before = inputs.warm_steps + count_steps(
             len(inputs.dataset),
             batch_size=config.learner.batch_size,
             epochs=stored.epochs,
@@ -279,7 +279,7 @@ def start_run(folder: Path, config: RunConfig, inputs: Inputs, resumption: Resum
         policy=policy if checkpoint is None else policy.having(checkpoint.weights),
         evaluated=evaluated,
         untrained=policy.weights if lacks_untrained else None,
-        reference=_reference(config, policy, checkpoint),
+        reference=_reference(config, inputs, policy, checkpoint),
         optimizer_state=optimizer_state,
         checkpoint=checkpoint,
         restored=_restored(checkpoint, config, inputs),
@@ -330,10 +330,11 @@ def _restored(checkpoint: Checkpoint | None, config: RunConfig, inputs: Inputs) 
     )
 
 
-def _reference(config: RunConfig, policy: Policy, checkpoint: Checkpoint | None) -> Weights | None:
+def _reference(config: RunConfig, inputs: Inputs, policy: Policy, checkpoint: Checkpoint | None) -> Weights | None:
     """The model that the run begins with; the checkpoint's where the reference follows the policy."""
-    if not config.learner.beta:
+    if not config.learner.beta or config.task == "sft":
         return None
-    if config.learner.sync_ref_model and checkpoint is not None and checkpoint.reference is not None:
+    warmed = inputs.supervised is not None
+    if (config.learner.sync_ref_model or warmed) and checkpoint is not None and checkpoint.reference is not None:
         return checkpoint.reference
     return policy.weights

@@ -16,6 +16,10 @@ device:
 
     Learner ──Evaluate──▶ Evaluator ──Evaluated──▶ Metrics
 
+The groups of supervised steps are there without being sampled or scored:
+
+    Prompter ──ScoredGroup──▶ Learner
+
 Every actor also reports Incident and Span to Metrics, and the Checkpointer CheckpointWritten. Scorer and Environment
 may hold the Prompter up (Hold). From outside come Pause, Resume, Step and Drain to the Prompter, Checkpoint and
 settings to the Learner.
@@ -73,10 +77,11 @@ class Wiring:
         *,
         episodes: int = 0,
         evaluates: bool = False,
+        supervised: bool = False,
     ) -> None:
         """`live`: most groups that may be alive: so long, no send on the way of a group can ever wait in a circle.
         `episodes`: that a group has, where the policy acts; 0: it answers once. `evaluates`: whether there are rows to
-        be evaluated."""
+        be evaluated. `supervised`: whether steps have groups that are given."""
         self.prompter, self.generator, self.scorer = mailbox("prompter"), mailbox("generator"), mailbox("scorer")
         self.learner, self.checkpointer, self.metrics = mailbox("learner"), mailbox("checkpointer"), mailbox("metrics")
         prompter, learner, metrics = self.prompter, self.learner, self.metrics
@@ -85,6 +90,7 @@ class Wiring:
         self.rollouts = self.scorer.channel("rollouts", RolloutGroup, bound=live)
         """From whoever is before the Scorer."""
         self.scored = learner.channel("scored", ScoredGroup, bound=live)
+        self.given = learner.channel("given", ScoredGroup, bound=live) if supervised else None
         self.closed: Channel[GroupClosed | Replace] = prompter.channel("closed", GroupClosed, Replace, bound=live)
         self.closed_groups = metrics.channel("closed groups", GroupClosed, bound=live)
         self.updates = metrics.channel("updates", Update, bound=_UPDATES)

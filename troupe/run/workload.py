@@ -9,6 +9,15 @@ from troupe.policy import Adapter, NetworkConfig, parameter_count
 from troupe.policy.adapter.modules import adapter_parameter_count, adapter_shapes
 
 
+class SupervisedRowSizes(NamedTuple):
+    """Of the rows that are learned without being sampled, in tokens."""
+
+    longest_prompt: int
+    longest_completion: int
+    longest_history: int
+    """Of the prompts that rows begin with amid a completion; 0: there are none."""
+
+
 class Workload(NamedTuple):
     """What the memory of a run follows from, besides its config."""
 
@@ -31,6 +40,10 @@ class Workload(NamedTuple):
     beside: int | None = None
     """Processes of the generator that share the memory of rank 0, where others do not; the plan is that of its card,
     which has the most."""
+    supervised: SupervisedRowSizes | None = None
+    """None: all is sampled."""
+    evaluates: int = 0
+    """Samples of a row that are evaluated, at the most; 0: nothing is."""
     streams: int = 1
     """Micro-batches that may well be differentiated at a time, where the config does not say how many."""
 

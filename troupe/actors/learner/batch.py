@@ -52,7 +52,7 @@ class Assembled(NamedTuple):
 
     batch: Batch
     advantages: tuple[tuple[float, ...], ...]
-    """(groups, G), of completions that are left out of the batch too."""
+    """(groups, G), of completions that are left out of the batch too; empty where nothing is compared."""
     metrics: dict[str, float]
     """Rewards, completions and advantages of the batch under TRL's names."""
 
@@ -178,6 +178,14 @@ def assemble(
     values: list[float] = advantages.tolist()  # type: ignore[assignment]
     by_group = tuple(tuple(values[i : i + G]) for i in range(0, len(values), G))
     return Assembled(batch=batch, advantages=by_group, metrics=metrics)
+
+
+def assemble_given(groups: Sequence[ScoredGroup], *, pad_id: int) -> Assembled:
+    """The same of groups whose completions were given: nothing compares them, and all that the policy says counts."""
+    rows = rows_of([group.group for group in groups])
+    batch = _batch_of(rows, groups, mx.zeros(len(rows)), pad_id)
+    metrics = {"num_tokens": float(num_tokens(groups)), "tokens/trained": float(batch.completion_mask.sum())}
+    return Assembled(batch=batch, advantages=(), metrics=metrics)
 
 
 def _batch_of(rows: Sequence[Row], groups: Sequence[ScoredGroup], advantages: mx.array, pad_id: int) -> Batch:

@@ -30,6 +30,7 @@ RULES: dict[str, Rule] = {
     "output": "free",
     "wired_limit_gb": "free",
     "memory_limit_gb": "free",  # what is chosen to fit it has keys of its own
+    "task": "never",
     "seed": "never",
     "model.path": "never",  # unless it is the same model at another place
     "model.dtype": "never",
@@ -45,6 +46,10 @@ RULES: dict[str, Rule] = {
     "data.chat": "by name",
     "data.chat_template_kwargs": "by name",
     "data.chat_template_date": "by name",
+    "sft.*": "by name",
+    "warm_start.path": "never",  # as above
+    "warm_start.steps": "never",
+    "warm_start.*": "by name",
     "curriculum.*": "by name",  # rows that were chosen already stay
     "generation.*": "by name",
     "rewards.functions": "by name",
@@ -102,6 +107,9 @@ _WHY_NEVER = {
     "data.answer_column": "a run goes on with the answers that it began with",
     "data.system_prompt": "a run goes on with the prompts that it began with",
     "data.shuffle": "which prompts a step has follows from it",
+    "task": "what a step is follows from it",
+    "warm_start.path": "a run goes on with the rows that it began with",
+    "warm_start.steps": "which steps are supervised follows from it",
     "learner.batch_size": "which prompts a step has follows from it",
     "schedule.mode": "the two schedules keep other things of groups under way",
     "seed": "all that is drawn follows from it",
