@@ -42,6 +42,7 @@ from troupe.run.supervised import (
     describe,
     read_supervised,
     supervised_steps,
+    with_warm_steps,
 )
 from troupe.run.supervised import notices as supervised_notices
 
@@ -134,6 +135,7 @@ def load_inputs(
     early_stop(config, sets)
     sampled = prompt_ids if is_sampled else [ids for each in sets for ids in each.prompt_ids]
     longest = max(map(len, sampled), default=1)
+    config = with_warm_steps(config, supervised)
     config, lowered = _fit_completions(config, policy.config.max_position_embeddings, longest if sampled else 0)
     notices += lowered + supervised_notices(supervised)
     opened = partial(opened_thought, policy.tokenizer)
