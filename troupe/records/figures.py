@@ -172,8 +172,8 @@ CHARTS = {
     "step_time": ChartSpec("The run", "Time of a step", "From the end of the step before to its own.", "seconds"),
     "exposed": ChartSpec(
         "The run",
-        "Device left waiting for",
-        "Seconds of a step in which these were at work and the device was not.",
+        "Training left waiting for",
+        "Seconds of a step in which these were at work and the device did nothing for training.",
         "seconds",
         smooth=False,
     ),
@@ -208,6 +208,7 @@ _OF_SOME_LOSSES = (
 _POOLS = ("easy", "normal", "hard", "retired")
 _BESIDE_DEVICE = {
     "environment": "environments", "reward": "rewards", "checkpoint": "checkpoints", "logging": "logging",
+    "evaluation": "evaluation",
 }  # fmt: skip
 FIGURES = {
     "reward": Figure(".3f", "reward", ("reward", "reward"), status=".4f", chart="reward", name="mean"),

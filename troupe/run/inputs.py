@@ -135,7 +135,6 @@ def load_inputs(
     early_stop(config, sets)
     sampled = prompt_ids if is_sampled else [ids for each in sets for ids in each.prompt_ids]
     longest = max(map(len, sampled), default=1)
-    config = with_warm_steps(config, supervised)
     config, lowered = _fit_completions(config, policy.config.max_position_embeddings, longest if sampled else 0)
     notices += lowered + supervised_notices(supervised)
     opened = partial(opened_thought, policy.tokenizer)
@@ -146,7 +145,7 @@ def load_inputs(
     total_steps = all_steps(config, dataset.in_all, supervised)
     notices += curriculum_notices(config, rewards.names, rows=dataset.in_all, steps=total_steps)
     return Inputs(
-        config=config,
+        config=with_warm_steps(config, supervised),
         source=Path(str(policy.path)),
         fingerprint=fingerprint,
         policy=policy,

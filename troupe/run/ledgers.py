@@ -45,6 +45,7 @@ def sinks_of(prepared: Prepared) -> list[Sink]:
         program=VERSION,
         machine=describe_machine() if "sqlite" in prepared.config.metrics.sinks else "",
         past=stored_rewards(prepared.folder, first_step) if first_step else (),
+        evaluated=prepared.start.evaluated,
         config=config_table(prepared.config),
     )
     return make_sinks(prepared.config.metrics, run, {"trace": lambda: TraceWriter(prepared.folder / "trace.json")})
