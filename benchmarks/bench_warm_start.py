@@ -4,8 +4,8 @@
 
 Spoils the policy of the demo by noise on all its matrices (`--noise`: of which standard deviation, beside that of each
 matrix), then trains it on the demo's sums: by GRPO alone, and by `--warm` supervised steps of 16 rows with GRPO behind
-them, `--steps` in all. Prints a JSON line a run and a Markdown table, means over the seeds: which part of the groups had
-no signal in the first ten steps that were sampled; after how many steps, supervised ones included, `--goal` of the
+them, `--steps` in all. Prints a JSON line a run and a Markdown table, means over the seeds: which part of the groups
+had no signal in the first ten steps that were sampled; after how many steps, supervised ones included, `--goal` of the
 sampled answers were right (mean of five steps); the share of right answers to held-out sums, greedy, before and after.
 Counts steps, not seconds.
 """
