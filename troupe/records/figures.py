@@ -86,7 +86,11 @@ CHARTS = {
         "percent",
     ),
     "loss": ChartSpec(
-        "Learning", "Loss", "What the optimizer lowers; near 0 by construction, so its size says little.", least=None
+        "Learning",
+        "Loss",
+        "What the optimizer lowers. In sampled steps near 0 by construction, so that its size says little; in "
+        "supervised ones nats a token.",
+        least=None,
     ),
     "kl": ChartSpec(
         "Learning",

@@ -45,6 +45,7 @@ from troupe.run.supervised import (
     describe,
     read_supervised,
     supervised_steps,
+    with_warm_steps,
 )
 from troupe.run.supervised import notices as supervised_notices
 from troupe.run.teaching import LoadedTeacher, teacher_of
@@ -163,7 +164,7 @@ def load_inputs(
     total_steps = all_steps(config, dataset.in_all, supervised)
     notices += curriculum_notices(config, rewards.names, rows=dataset.in_all, steps=total_steps)
     return Inputs(
-        config=config,
+        config=with_warm_steps(config, supervised),
         source=Path(str(policy.path)),
         fingerprint=fingerprint,
         policy=policy,

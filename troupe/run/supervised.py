@@ -2,6 +2,8 @@
 
 from functools import lru_cache
 
+import msgspec
+
 from troupe.actors.schedule import count_steps
 from troupe.actors.supervised import SupervisedSteps, Telling
 from troupe.dataset import SupervisedRows
@@ -42,6 +44,15 @@ def supervised_steps(rows: SupervisedRows, config: RunConfig, policy: Policy) ->
         steps=count_steps(dataset.in_all, batch_size=learner.batch_size, **counted),  # type: ignore[arg-type]
         batch_size=learner.batch_size,
         order=lru_cache(maxsize=4)(lambda epoch: dataset.order(config.seed, epoch, shuffle=config.data.shuffle)),
+    )
+
+
+def with_warm_steps(config: RunConfig, supervised: SupervisedSteps | None) -> RunConfig:
+    """With the number of steps of a warm start, where there is one."""
+    if supervised is None or config.task == "sft":
+        return config
+    return msgspec.structs.replace(
+        config, warm_start=msgspec.structs.replace(config.warm_start, steps=supervised.steps)
     )
 
 

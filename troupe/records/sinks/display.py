@@ -45,7 +45,7 @@ from troupe.records.sinks.drawing import (
     shaded,
     told,
 )
-from troupe.records.trend import area, spread, trend_of
+from troupe.records.trend import Trend, area, spread, telling, trend_of
 from troupe.runtime.terminal import arrows, one_line
 
 _PANELS = ("learning", "completions", "speed")
@@ -82,7 +82,8 @@ class Display:
         self._step, self._total_steps = run.first_step, run.total_steps
         self._ends: deque[tuple[int, float]] = deque([(run.first_step, self._began_s)], maxlen=_PACE_STEPS + 1)
         self._metrics: Mapping[str, float] = {}
-        self._reward, self._held_out = trend_of(run.past), Standings(run.evaluated)
+        self._way = trend_of(run.past, "loss" if run.config.get("task") == "sft" else "reward")
+        self._held_out = Standings(run.evaluated)
         self._sample: Sample | None = None
         self._status: Status | None = None
         self._findings: Sequence[Finding] = ()
@@ -94,7 +95,9 @@ class Display:
         if isinstance(message, Update):
             self._metrics, self._step, self._total_steps = message.metrics, message.step, message.total_steps
             self._ends.append((message.step, self._clock()))
-            self._reward.add(message.step, message.metrics.get("reward", math.nan))
+            if (figure := telling(message.metrics)) != self._way.of:
+                self._way = Trend(figure)
+            self._way.add(message.step, message.metrics.get(figure, math.nan))
             self._findings = message.findings
         elif isinstance(message, Evaluated):
             self._held_out.add(message)
@@ -208,16 +211,16 @@ class Display:
         return max(0.0, pace_s * (self._total_steps - last) - (self._clock() - ended_s))
 
     def _curve(self, width: int, rows: int) -> list[Text]:
-        """The way of the reward, and its first and newest value above it."""
-        trend, room = self._reward, max(1, width - LABEL_WIDTH)
+        """The way of the reward, or of what tells best instead, and its first and newest value above it."""
+        trend, room = self._way, max(1, width - LABEL_WIDTH)
         if trend.first is None or trend.newest is None:
-            why = "nan" if "reward" in self._metrics else f"{NOTHING} with the first step"
-            return [row("reward", (why, "dim")), *(Text() for _ in range(rows))]
+            why = "nan" if trend.of in self._metrics else f"{NOTHING} with the first step"
+            return [row(trend.of, (why, "dim")), *(Text() for _ in range(rows))]
         first, newest = written(trend.first, ".3f"), written(trend.newest, ".3f")
         way = newest if trend.steps[0] == trend.steps[1] else arrows(f"{first} → {newest}", self._encoding)
         in_group = next((f"   {label} {value}" for label, value in panel_figures("reward", self._metrics)[1:]), "")
         steps = f"   step {trend.steps[0]:,} to {trend.steps[1]:,}" if trend.steps[0] < trend.steps[1] else ""
-        heading = line((f"{'reward':<{LABEL_WIDTH}}", "bold"), (way, "bold"), (in_group, "dim"), (steps, "dim"))
+        heading = line((f"{trend.of:<{LABEL_WIDTH}}", "bold"), (way, "bold"), (in_group, "dim"), (steps, "dim"))
         values = spread(trend.values, room) if len(trend.values) > 1 else []
         if not values:
             return [heading, *(Text() for _ in range(rows))]

@@ -39,6 +39,7 @@ OPEN: dict[str, Any] = {
     "generation.memory_limit_gb": None,
     "learner.lr": None,
     "warm_start.lr": None,
+    "warm_start.steps": None,
     "learner.gradient_accumulation_steps": None,
     "learner.gradient_checkpointing": None,
     "checkpoint.overlap": None,
