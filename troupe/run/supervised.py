@@ -19,7 +19,7 @@ def read_supervised(config: RunConfig, first: int | None) -> SupervisedRows | No
     """The rows that a run imitates, or the `first` of them; None where it does not. DatasetError for what cannot be
     used."""
     path = config.data.path if config.task == "sft" else config.warm_start.path
-    return None if path is None else SupervisedRows.load(path, config.data, first=first)
+    return None if path is None else SupervisedRows.load(path, config.data, config.sft, first=first)
 
 
 def supervised_steps(rows: SupervisedRows, config: RunConfig, policy: Policy) -> SupervisedSteps:

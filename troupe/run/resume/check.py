@@ -60,6 +60,7 @@ SETTLED_BY_CONTENTS = (
     "data.path",
     "warm_start.path",
     "data.prompt_column",
+    "sft.completion_column",
     "data.answer_column",
     "data.system_prompt",
 )
