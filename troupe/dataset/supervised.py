@@ -47,15 +47,11 @@ class SupervisedRows(msgspec.Struct, frozen=True, kw_only=True):
         """Read a source, as `PromptDataset.load` does. DatasetError for a row of which nothing can be learned."""
         column = (SftConfig() if sft is None else sft).completion_column
         numbered, in_all = read_source(source, first)
-        dataset = PromptDataset.from_numbered(
-            (
-                (line, _split(value, _where(source, row, line), config, column))
-                for row, (line, value) in enumerate(numbered)
-            ),
-            source,
-            config,
-            in_all,
+        split = (
+            (line, _split(value, _where(source, row, line), config, column))
+            for row, (line, value) in enumerate(numbered)
         )
+        dataset = PromptDataset.from_numbered(split, source, config, in_all)
         said = [_checked(row.columns.get(column), row, _where(source, row.row, row.line), column) for row in dataset]
         return cls(dataset=dataset, said=tuple(said))
 
