@@ -81,8 +81,8 @@ def _checked(said: Any, row: PromptRow, where: str, column: str) -> Said:
     """What is to be learned, messages where the prompt is a conversation."""
     if said is None:
         raise DatasetError(
-            f'{where} has no "{column}"; a row to learn from has "prompt" and "completion", or "messages" (other columns '
-            "are named by data.prompt_column and sft.completion_column)"
+            f'{where} has no "{column}"; a row to learn from has "prompt" and "completion", or "messages" (other '
+            "columns are named by data.prompt_column and sft.completion_column)"
         )
     talks = not isinstance(row.prompt, str)
     if isinstance(said, str):
