@@ -48,6 +48,7 @@ _SECTIONS = {
     "rewards": "What is scored, and how reward code is run. See [rewards](rewards.md).",
     "environment": "What the policy acts with, over several turns. See [environments](environments.md).",
     "learner": "The loss and the optimizer. See [training](training.md).",
+    "teacher": "Who is learned from beside the rewards. See [distillation](distillation.md).",
     "schedule": "How old the weights may be. See [schedules](schedules.md).",
     "evaluation": "Rows that are not trained on, answered while training goes on. See [evaluation](evaluation.md).",
     "checkpoint": "What is kept. See [resuming](resuming.md).",

@@ -181,6 +181,12 @@ def test_a_row_of_which_nothing_can_be_learned_is_named(
     assert "rows.jsonl:2" in str(raised.value)
 
 
+def test_columns_may_have_other_names(policy: Policy, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"question": "1+1=", "solution": "2", "level": 3}])
+    rows = SupervisedRows.load(str(path), DataConfig(prompt_column="question"), SftConfig(completion_column="solution"))
+    assert (rows.dataset[0].prompt, rows.said) == ("1+1=", ("2",))
+
+
 def test_each_epoch_has_every_row(policy: Policy, tmp_path: Path) -> None:
     rows = SupervisedRows.load(
         str(write_jsonl(tmp_path / "rows.jsonl", [{"prompt": str(i), "completion": "b"} for i in range(5)])),

@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeAlias
 import msgspec
 
 from troupe.dataset.prompts import PromptDataset
-from troupe.dataset.rows import check_messages, kind_of_value
+from troupe.dataset.rows import PromptRow, check_messages, kind_of_value
 from troupe.dataset.settings import DataConfig
 from troupe.dataset.sources import read_source
 from troupe.errors import DatasetError
@@ -23,6 +23,8 @@ Said: TypeAlias = str | list[ChatMessage]
 class SftConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The `[sft]` section: what of the rows of supervised steps is learned."""
 
+    completion_column: Annotated[str, msgspec.Meta(min_length=1)] = "completion"
+    """Column that holds the completions."""
     max_length: Annotated[int, msgspec.Meta(ge=2)] | None = None
     """Most tokens of a row, prompt and completion; what is longer is cut at its end. None: rows longer than the model's
     positions are refused."""
@@ -39,16 +41,18 @@ class SupervisedRows(msgspec.Struct, frozen=True, kw_only=True):
     said: tuple[Said, ...]
 
     @classmethod
-    def load(cls, source: str, config: DataConfig, *, first: int | None = None) -> "SupervisedRows":
+    def load(
+        cls, source: str, config: DataConfig, sft: SftConfig | None = None, *, first: int | None = None
+    ) -> "SupervisedRows":
         """Read a source, as `PromptDataset.load` does. DatasetError for a row of which nothing can be learned."""
+        column = (SftConfig() if sft is None else sft).completion_column
         numbered, in_all = read_source(source, first)
-        dataset = PromptDataset.from_numbered(
-            ((line, _split(value, _where(source, row, line), config)) for row, (line, value) in enumerate(numbered)),
-            source,
-            config,
-            in_all,
+        split = (
+            (line, _split(value, _where(source, row, line), config, column))
+            for row, (line, value) in enumerate(numbered)
         )
-        said = [_checked(row.columns.get("completion"), row, _where(source, row.row, row.line)) for row in dataset]
+        dataset = PromptDataset.from_numbered(split, source, config, in_all)
+        said = [_checked(row.columns.get(column), row, _where(source, row.row, row.line), column) for row in dataset]
         return cls(dataset=dataset, said=tuple(said))
 
 
@@ -56,7 +60,7 @@ def _where(source: str, row: int, line: int | None) -> str:
     return f"{source}: row {row} (counted from 0)" if line is None else f"{source}:{line}: row {row} (counted from 0)"
 
 
-def _split(value: Any, where: str, config: DataConfig) -> Any:
+def _split(value: Any, where: str, config: DataConfig, column: str) -> Any:
     """A row with `prompt` and `completion`, whichever it has."""
     if not isinstance(value, Mapping) or config.prompt_column in value:
         return value
@@ -70,14 +74,15 @@ def _split(value: Any, where: str, config: DataConfig) -> Any:
     if place == 0:
         raise DatasetError(f"{where}: messages begins with an answer; put what it answers before it")
     others = {name: column for name, column in value.items() if name != "messages"}
-    return {**others, "prompt": messages[:place], "completion": messages[place:]}
+    return {**others, "prompt": messages[:place], column: messages[place:]}
 
 
-def _checked(said: Any, row: Any, where: str) -> Said:
+def _checked(said: Any, row: PromptRow, where: str, column: str) -> Said:
     """What is to be learned, messages where the prompt is a conversation."""
     if said is None:
         raise DatasetError(
-            f'{where} has no "completion"; a row to learn from has "prompt" and "completion", or "messages"'
+            f'{where} has no "{column}"; a row to learn from has "prompt" and "completion", or "messages" (other '
+            "columns are named by data.prompt_column and sft.completion_column)"
         )
     talks = not isinstance(row.prompt, str)
     if isinstance(said, str):

@@ -15,8 +15,9 @@ _SOURCES = ("path", "eval_path")
 
 def anchor_paths(table: dict[str, Any], base: Path) -> None:
     """Make the input paths of a raw table absolute; values of a wrong type are left for the type check."""
-    model = table.get("model")
-    if isinstance(model, dict) and isinstance(model.get("path"), str):
+    for model in (table.get("model"), table.get("teacher")):
+        if not isinstance(model, dict) or not isinstance(model.get("path"), str):
+            continue
         path = Path(moved_demo_file(str((base / expanded(model["path"])).absolute())))
         if path.exists() or not is_hub_id(model["path"]):
             model["path"] = str(policy_folder(path))

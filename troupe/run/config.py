@@ -15,6 +15,7 @@ import tomli_w
 from troupe.actors.evaluator.settings import EvaluationConfig
 from troupe.actors.schedule import ScheduleConfig
 from troupe.actors.supervised import WarmStartConfig
+from troupe.actors.teacher.settings import TeacherConfig
 from troupe.checkpoint import CheckpointConfig
 from troupe.cluster.settings import ClusterConfig
 from troupe.dataset import CurriculumConfig, DataConfig, SftConfig
@@ -74,6 +75,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     rewards: RewardsConfig = RewardsConfig()
     environment: EnvironmentConfig = EnvironmentConfig()
     learner: LearnerConfig = LearnerConfig()
+    teacher: TeacherConfig = TeacherConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -94,10 +96,9 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             raise ValueError(
                 'warm_start.path is given, but task is "sft", so that all steps are supervised; leave one of them out'
             )
-        if self.curriculum.enabled and (self.task == "sft" or self.warm_start.path is not None):
+        if self.curriculum.enabled and self.task == "sft":
             raise ValueError(
-                "curriculum.enabled goes by what was scored, and supervised steps have no scores; leave it out, or "
-                "train with a curriculum in a run of its own"
+                'curriculum.enabled goes by scores, of which there are none where task is "sft"; leave it out'
             )
         rows = self.learner.batch_size * self.generation.num_generations
         if (self.learner.gradient_accumulation_steps or 1) > rows:

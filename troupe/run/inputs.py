@@ -1,5 +1,7 @@
 """Inputs: what a run is made from, loaded and checked, the cheap checks first."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from datetime import date
 from functools import partial
@@ -35,6 +37,7 @@ from troupe.run.curriculum import curriculum_for, curriculum_notices
 from troupe.run.engines import check_engine_inputs
 from troupe.run.rates import with_rates
 from troupe.run.resume.check import Resumption
+from troupe.run.resume.newest import Identity
 from troupe.run.sets import OF_EVALUATION, early_stop, finished_sets, judged_by, read_sets
 from troupe.run.supervised import (
     all_steps,
@@ -42,8 +45,10 @@ from troupe.run.supervised import (
     describe,
     read_supervised,
     supervised_steps,
+    with_warm_steps,
 )
 from troupe.run.supervised import notices as supervised_notices
+from troupe.run.teaching import LoadedTeacher, teacher_of
 
 _SHOWN_ROWS = 4
 """Of a source whose rows have to be made, for a run that is only shown."""
@@ -78,6 +83,8 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens."""
     acting_setup: ActingSetup | None = None
     """Where the policy acts; None: it answers once."""
+    teacher: LoadedTeacher | None = None
+    """With its arrays."""
     calls: Calls | None = None
     """Rewards and environments on workers; None: no worker can join the run."""
     total_steps: int
@@ -85,6 +92,20 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
     """What there is to train and to evaluate on, in lines."""
     notices: tuple[str, ...]
     """What the user should know, one line each."""
+
+    @property
+    def identity(self) -> Identity:
+        """What makes the run this one."""
+        return Identity(
+            dataset=self.rows_fingerprint,
+            model=self.fingerprint,
+            rewards=self.rewards.names,
+            teacher="" if self.teacher is None else self.teacher.fingerprint,
+        )
+
+    def without_teacher(self) -> Inputs:
+        """Without its arrays, that is."""
+        return msgspec.structs.replace(self, teacher=None)
 
     @property
     def supervised_steps(self) -> int:
@@ -119,7 +140,6 @@ def load_inputs(
     held_out = read_sets(config, first)
     calls = None if config.cluster.serve is None else Calls()
     world = _load_world(config, acting, calls)
-    check_unsampled(config, acts=world is not None)
     scored = dataset if is_sampled else next((each.rows for each in held_out), None)
     rewards, config = _rewards(config, given, scored, world, calls)
     policy, fingerprint, config, notices = _begin(config, resume=resume)
@@ -144,7 +164,7 @@ def load_inputs(
     total_steps = all_steps(config, dataset.in_all, supervised)
     notices += curriculum_notices(config, rewards.names, rows=dataset.in_all, steps=total_steps)
     return Inputs(
-        config=config,
+        config=with_warm_steps(config, supervised),
         source=Path(str(policy.path)),
         fingerprint=fingerprint,
         policy=policy,
@@ -157,6 +177,7 @@ def load_inputs(
         rewards=rewards,
         longest_prompt=longest,
         acting_setup=acting_setup,
+        teacher=teacher_of(config.teacher, policy),
         calls=calls,
         total_steps=total_steps,
         description=_described(supervised, trained, prompt_ids, sets, policy),
@@ -209,7 +230,7 @@ def _schedule(
         seed=config.seed,
         shuffle=config.data.shuffle,
         opened=opened,
-        curriculum=curriculum_for(config, dataset, rewards),
+        curriculum=curriculum_for(config, dataset, rewards, begins=0 if supervised is None else supervised.steps),
         supervised=supervised,
     )
 
@@ -242,6 +263,7 @@ def _about(config: RunConfig, policy: Policy, opened: str) -> list[str]:
 def _load_world(config: RunConfig, given: Acting, calls: Calls | None) -> ActingWorld | None:
     world = load_acting(config.environment, given, calls)
     check_learner(config.learner, world)
+    check_unsampled(config, acts=world is not None)
     return world
 
 
@@ -273,7 +295,7 @@ def _rewards(
             )
         return RewardManager([], config=config.rewards, needed=False), config
     if not functions and not given:
-        functions = (default_rewards(dataset, acting),)
+        functions = (default_rewards(dataset, acting, may_be_none=config.teacher.is_alone),)
         config = msgspec.structs.replace(config, rewards=msgspec.structs.replace(config.rewards, functions=functions))
     manager = make_rewards([*functions, *given], config.rewards, acting, [dataset], elsewhere=calls)
     manager.check_columns(dataset.columns)

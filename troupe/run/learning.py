@@ -32,6 +32,7 @@ def make_trainer(prepared: Prepared, factories: Factories, ledgers: Ledgers, rep
         seed=config.seed,
         gamma=config.environment.gamma,
     )
+    trainer.teacher = config.teacher if config.teacher.is_on else None
     trainer.supervision = supervision_of(prepared)
     if config.metrics.store_token_figures and "sqlite" in config.metrics.sinks:
         trainer.watch()

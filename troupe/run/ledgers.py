@@ -45,6 +45,7 @@ def sinks_of(prepared: Prepared) -> list[Sink]:
         program=VERSION,
         machine=describe_machine() if "sqlite" in prepared.config.metrics.sinks else "",
         past=stored_rewards(prepared.folder, first_step) if first_step else (),
+        evaluated=prepared.start.evaluated,
         config=config_table(prepared.config),
     )
     return make_sinks(prepared.config.metrics, run, {"trace": lambda: TraceWriter(prepared.folder / "trace.json")})
@@ -110,7 +111,8 @@ class Ledgers:
             self.files = WeightsFiles(prepared.folder, at_once=schedule.max_staleness + 2 + evaluated)
         self.hosts: list[Start] = []
         """Who starts the generator's first processes beside the learner's ranks."""
-        self.devices = {name: factories.device(name) for name in ("generator", "learner", "checkpointer")}
+        working = ("generator", "learner", "checkpointer", *["teacher"] * config.teacher.is_on)
+        self.devices = {name: factories.device(name) for name in working}
         """By actor. Close them when all actors have ended, not before: on CUDA a thread that ends spoils what another
         computes."""
 
@@ -152,7 +154,7 @@ def _make_writer(
         policy.config,
         policy.companions,
         run_state=run_state,
-        made=lambda: Made(config=table, machine=machine, lacking=ledgers.sinks.lacking()),
+        made=lambda: Made(config=table, machine=machine, lacking=ledgers.sinks.lacking(), teacher=identity.teacher),
         adapter_files=lambda weights: files_of(network, weights),
         check_folder=check_folder,
         ledger=_checkpoints_so_far(prepared),

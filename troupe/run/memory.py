@@ -22,10 +22,9 @@ from troupe.grpo.lanes import in_lanes
 from troupe.policy import (
     Sampler,
     decode_memory_bytes,
-    fused_copy_bytes,
     turn_memory_bytes,
 )
-from troupe.policy.decode.memory import decoding_adapter_bytes, device_ways
+from troupe.policy.decode.memory import device_ways
 from troupe.policy.network.tensors import network_bytes
 from troupe.run.config import RunConfig
 from troupe.run.learning_memory import (
@@ -36,6 +35,7 @@ from troupe.run.learning_memory import (
     learning_bytes,
     with_other_ranks,
 )
+from troupe.run.teaching_memory import teacher_bytes, teaching_bytes
 from troupe.run.workload import Workload
 from troupe.runtime.memory import GB, RESERVE, device_limit_gb
 
@@ -216,6 +216,7 @@ def _phases(config: RunConfig, work: Workload, choice: _Choice) -> dict[str, dic
     if choice.overlap:
         written = weights if is_free else held["policy versions"]
         held["checkpoint being written"] = written + held["optimizer state"]
+    held |= {} if work.teacher is None else {"teacher": teacher_bytes(work.teacher)}
     processes = _processes(config, work)
     if processes:
         versions = held["policy versions"] + (weights if evaluates and not work.sessions else 0)
@@ -225,11 +226,12 @@ def _phases(config: RunConfig, work: Workload, choice: _Choice) -> dict[str, dic
     is_idle = config.task == "sft" and not work.evaluates
     decoders = 0 if config.schedule.engines_alone or is_idle else max(processes, 1)
     generating = {
-        _LAID_OUT: decoders * layouts * _laid_out_bytes(work),
+        _LAID_OUT: decoders * layouts * work.laid_out_bytes,
         "decode": decoders * _decode_bytes(config, work, choice.prompts),
     }
+    generating |= teaching_bytes(config, work)
     if evaluates and processes and work.sessions:  # its episodes are decoded beside them
-        generating["evaluation"] = _laid_out_bytes(work) + _decode_bytes(config, work, choice.prompts)
+        generating["evaluation"] = work.laid_out_bytes + _decode_bytes(config, work, choice.prompts)
     held_while_learning = held | (generating if staleness or processes else {})
     adds_up = choice.micro_batches > 1 or learner.lanes > 1 or has_histories(work)
     learning = learning_bytes(config, work, choice.micro_batches, recompute=choice.checkpointing)
@@ -246,13 +248,6 @@ def _phases(config: RunConfig, work: Workload, choice: _Choice) -> dict[str, dic
         update["gradients of other ranks"] = gathered
     phases = {"generate": held | generating, "learn": held_while_learning | learn}
     return with_other_ranks(phases | {"update": held_while_learning | update}, held, learn, work)
-
-
-def _laid_out_bytes(work: Workload) -> int:
-    """What of a version is laid out for decoding: the base is so already, once for all versions."""
-    if work.adapter is None:
-        return fused_copy_bytes(work.policy, work.dtype)
-    return decoding_adapter_bytes(work.policy, work.adapter, work.dtype)
 
 
 def _decode_bytes(config: RunConfig, work: Workload, prompts: int) -> int:

@@ -19,6 +19,7 @@ from troupe.actors.learner.train import LearnerState
 from troupe.actors.metrics import Metrics
 from troupe.actors.prompter import Prompter
 from troupe.actors.scorer import Scorer
+from troupe.actors.teacher.actor import Teacher
 from troupe.messages import Incident, MemberStatus, Settle
 from troupe.policy import Weights
 from troupe.records.standing import Change
@@ -85,6 +86,7 @@ def build_pipeline(
         episodes=prepared.config.generation.num_generations if ledgers.conversations is not None else 0,
         evaluates=bool(prepared.inputs.sets),
         by_crew=ledgers.files is not None and ledgers.conversations is None,
+        teaches=prepared.config.teacher.is_on,
         supervised=prepared.inputs.supervised is not None,
     )
     learner = _make_learner(prepared, wiring, ledgers, factories, check_folder)
@@ -92,6 +94,7 @@ def build_pipeline(
         Role(_prompter(prepared, wiring, ledgers)),
         Role(make_generator(prepared, wiring, ledgers, factories, hub)),
         *([] if ledgers.conversations is None else [Role(_environment(wiring, ledgers, ledgers.conversations))]),
+        *([] if wiring.teaching is None else [Role(_teacher(prepared, wiring, ledgers))]),
         Role(_scorer(prepared, wiring, ledgers)),
         Role(lambda: learner, restartable=False),
         *([] if (evaluator := make_evaluator(prepared, wiring, ledgers, factories)) is None else [Role(evaluator)]),
@@ -133,13 +136,27 @@ def _environment(wiring: Wiring, ledgers: Ledgers, conversations: Conversations)
     return partial(
         Environment,
         wiring.acting.environment,
-        wiring.rollouts,
+        wiring.completed,
         wiring.acting.observations,
         wiring.acting.answered,
         conversations=conversations,
         alive=ledgers.prompts.alive.keys,
         hold=wiring.acting.hold,
         report=wiring.reporters["environment"],
+    )
+
+
+def _teacher(prepared: Prepared, wiring: Wiring, ledgers: Ledgers) -> Callable[[], Actor]:
+    assert wiring.teaching is not None
+    assert prepared.inputs.teacher is not None
+    return partial(
+        Teacher,
+        wiring.teaching.teacher,
+        wiring.rollouts,
+        device=ledgers.devices["teacher"],
+        teach=prepared.inputs.teacher.forward(prepared.config.generation.temperature).taught,
+        recorded=ledgers.recorded,
+        report=wiring.reporters["teacher"],
     )
 
 
@@ -253,6 +270,7 @@ def _metrics(wiring: Wiring, ledgers: Ledgers, members: Callable[[], Iterable[Me
         watched=(
             wiring.generator,
             *([] if wiring.acting is None else [wiring.acting.environment]),
+            *([] if wiring.teaching is None else [wiring.teaching.teacher]),
             wiring.scorer,
             wiring.learner,
             *([] if wiring.evaluating is None else [wiring.evaluating.evaluator]),

@@ -44,7 +44,7 @@ def place_run(inputs: Inputs, machine: Machine) -> Plan:
     config = _placed(config, machine, worthwhile if is_light else 1)
     config, streams = _streamed(config, machine, worthwhile, _given_parts(inputs.config.schedule))
     if machine.on_cpu:
-        linux_cpu.take_buffers(streams + (config.schedule.blas_threads or 1))
+        linux_cpu.take_buffers(streams + (config.schedule.blas_threads or 1) + config.teacher.is_on)
     work = Workload(
         policy=policy.config,
         dtype=DTYPES[policy.dtype],
@@ -56,6 +56,7 @@ def place_run(inputs: Inputs, machine: Machine) -> Plan:
         evaluates=max((each.settings.generation(config.generation).num_generations for each in inputs.sets), default=0),
         ranks=ranks_of(config, machine),
         beside=_beside(config, machine),
+        teacher=None if inputs.teacher is None else inputs.teacher.work,
         **_of_episodes(config, inputs),
     )
     return _told(plan_memory(config, work), inputs.config, machine)

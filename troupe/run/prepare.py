@@ -83,7 +83,7 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
 
     def without_arrays(self) -> Prepared:
         """What is to be known once a run goes on by itself, which keeps the arrays that it needs."""
-        return msgspec.structs.replace(self, start=self.start.without_arrays())
+        return msgspec.structs.replace(self, start=self.start.without_arrays(), inputs=self.inputs.without_teacher())
 
     @property
     def live(self) -> Live:
@@ -246,7 +246,7 @@ def start_run(folder: Path, config: RunConfig, inputs: Inputs, resumption: Resum
     """Find the newest checkpoint where the run is resumed. CheckpointError, ConfigError or RewardError where it cannot
     go on so."""
     policy, rewards = inputs.policy, inputs.rewards
-    identity = Identity(dataset=inputs.rows_fingerprint, model=inputs.fingerprint, rewards=rewards.names)
+    identity = inputs.identity
     checkpoint: Checkpoint | None = None
     notices: list[str] = []
     lost: list[str] = []

@@ -8,6 +8,7 @@ from troupe.grpo.optimizer import LEARNING_RATE
 from troupe.policy import NetworkConfig, Policy
 from troupe.policy.adapter.modules import describe_adapter
 from troupe.run.config import RunConfig, Task
+from troupe.run.teaching import check_teaching
 
 _RATES: dict[Task, float] = {"grpo": LEARNING_RATE, "sft": 2e-5}
 _ADAPTER_RATES: dict[Task, float] = {"grpo": 1e-5, "sft": 2e-4}
@@ -17,6 +18,7 @@ _ADAPTER_RATES: dict[Task, float] = {"grpo": 1e-5, "sft": 2e-4}
 def with_rates(config: RunConfig, policy: Policy) -> tuple[RunConfig, list[str]]:
     """With the learning rate where the config leaves it open, and what to tell of that and of an adapter."""
     adapter, lr, notices = policy.base.adapter, config.learner.lr, list[str]()
+    check_teaching(config)
     _check_experts(config.learner, policy.config)
     if adapter is not None:
         _check_reference(config.learner)

@@ -58,6 +58,8 @@ def finished_sets(
     """With their prompts in ids and their rewards. `trained_on`: what the run's own rewards score; None: nothing.
     RewardError and DatasetError for what cannot be used."""
     finished = []
+    if acting is not None:
+        acting.manager.name_sets([settings.name for settings, _ in sets])
     for settings, rows in sets:
         own = None
         if settings.rewards:

@@ -2,6 +2,8 @@
 
 from functools import lru_cache
 
+import msgspec
+
 from troupe.actors.schedule import count_steps
 from troupe.actors.supervised import SupervisedSteps, Telling
 from troupe.dataset import SupervisedRows
@@ -17,7 +19,7 @@ def read_supervised(config: RunConfig, first: int | None) -> SupervisedRows | No
     """The rows that a run imitates, or the `first` of them; None where it does not. DatasetError for what cannot be
     used."""
     path = config.data.path if config.task == "sft" else config.warm_start.path
-    return None if path is None else SupervisedRows.load(path, config.data, first=first)
+    return None if path is None else SupervisedRows.load(path, config.data, config.sft, first=first)
 
 
 def supervised_steps(rows: SupervisedRows, config: RunConfig, policy: Policy) -> SupervisedSteps:
@@ -42,6 +44,15 @@ def supervised_steps(rows: SupervisedRows, config: RunConfig, policy: Policy) ->
         steps=count_steps(dataset.in_all, batch_size=learner.batch_size, **counted),  # type: ignore[arg-type]
         batch_size=learner.batch_size,
         order=lru_cache(maxsize=4)(lambda epoch: dataset.order(config.seed, epoch, shuffle=config.data.shuffle)),
+    )
+
+
+def with_warm_steps(config: RunConfig, supervised: SupervisedSteps | None) -> RunConfig:
+    """With the number of steps of a warm start, where there is one."""
+    if supervised is None or config.task == "sft":
+        return config
+    return msgspec.structs.replace(
+        config, warm_start=msgspec.structs.replace(config.warm_start, steps=supervised.steps)
     )
 
 

@@ -20,6 +20,7 @@ from troupe.actors.learner.measures import num_tokens
 from troupe.actors.learner.rollouts import length_statistics
 from troupe.actors.learner.scores import group_statistics, has_signal, spread_statistics
 from troupe.actors.learner.token_figures import Watched
+from troupe.actors.teacher.settings import TeacherConfig
 from troupe.grpo import Batch, LearnerConfig, StepResult, learning_rate, sync_reference, train_on_batch
 from troupe.grpo.log_probs import PolicyLogProbs
 from troupe.grpo.loss import has_entropy_bonus
@@ -130,6 +131,8 @@ class BatchTrainer:
         self.supervision: Supervision | None = None
         """Of the first steps."""
         self.watched: Watched | None = None
+        self.teacher: TeacherConfig | None = None
+        """By which the teacher's log-probs count; None: there is no teacher."""
         self.told: Callable[[int, Batch | None, Sequence[float]], None] = lambda version, batch, rates: None
         """Called with every step before it is learned: the version that it begins with, and learning rates."""
 
@@ -160,7 +163,8 @@ class BatchTrainer:
         return {gid_of(group) for group in groups if not self._has_signal(group)}
 
     def _has_signal(self, group: ScoredGroup) -> bool:
-        return has_signal(group, self.config, self.reward_weights, self._gamma)
+        teaches = self.teacher is not None and self.teacher.coef > 0.0
+        return teaches or has_signal(group, self.config, self.reward_weights, self._gamma)
 
     def train(self, state: LearnerState, step: StepGroups) -> Learned:
         """One learner batch."""
@@ -238,7 +242,13 @@ class BatchTrainer:
     def assemble(self, groups: Sequence[ScoredGroup], oldest: int | None) -> Assembled:
         """The groups as a batch, without tokens of versions before `oldest`."""
         return assemble(
-            groups, self.config, weights=self.reward_weights, pad_id=self._pad_id, oldest=oldest, gamma=self._gamma
+            groups,
+            self.config,
+            weights=self.reward_weights,
+            pad_id=self._pad_id,
+            oldest=oldest,
+            gamma=self._gamma,
+            teacher=self.teacher,
         )
 
     def learn(self, state: LearnerState, batch: Batch, on_part: Callable[[str], None]) -> StepResult:

@@ -158,6 +158,8 @@ def _facts(run: RunPicture) -> Iterator[str]:
 def _tiles(run: RunPicture) -> Iterator[Tile]:
     if rewards := run.values("reward"):
         yield Tile("reward", words.number(rewards[-1]), f"from {words.number(rewards[0])}")
+    elif losses := run.values("loss"):
+        yield Tile("loss", words.number(losses[-1]), f"from {words.number(losses[0])}")
     for held_out in list(run.held_out.values())[:_MOST_SCORES]:
         name = "held-out" if held_out.name == HELD_OUT else held_out.name
         row = next(rows_of_set(held_out))

@@ -304,13 +304,16 @@ def planned_steps(fate: Standing, config: dict[str, Any], step: int, epoch: floa
     """How many steps a run will have, by its config, its summary, or how far through the epochs its newest step is."""
     learner = config.get("learner")
     learner = learner if isinstance(learner, dict) else {}
+    warm = config.get("warm_start")
+    before = warm.get("steps", 0) if isinstance(warm, dict) and warm.get("path") else 0
+    before = before if isinstance(before, int) else 0
     if isinstance(most := learner.get("max_steps"), int):
-        return most
+        return before + most
     if fate.total_steps is not None:
         return fate.total_steps
     epochs = learner.get("epochs")
-    if isinstance(epochs, int) and epoch:
-        return math.ceil(round(epochs * step / epoch, 6))
+    if isinstance(epochs, int) and epoch and step > before:
+        return before + math.ceil(round(epochs * (step - before) / epoch, 6))
     return None
 
 

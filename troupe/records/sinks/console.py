@@ -17,7 +17,8 @@ from troupe.records.diagnosis import in_full
 from troupe.records.held_out import Standings
 from troupe.records.members import Comings
 from troupe.records.sinks.base import RunInfo
-from troupe.records.sinks.display import Display, shown_metrics
+from troupe.records.sinks.display import Display
+from troupe.records.sinks.display_lines import shown_metrics
 from troupe.runtime.outlets import Outlet, outlet_of
 from troupe.runtime.terminal import arrows, one_line
 
@@ -140,7 +141,7 @@ class PlainSink:
         self._at = ""
         self._repeats = Repeats()
         self._comings = Comings()
-        self._held_out = Standings()
+        self._held_out = Standings(run.evaluated)
         self._found: frozenset[tuple[str, int]] = frozenset()
 
     def open(self) -> None:

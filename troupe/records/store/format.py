@@ -112,8 +112,9 @@ def group_rows(closed: GroupClosed, *, log_probs: bool = False) -> GroupRows:
     place = (closed.gid, closed.version, slot.step, slot.place, slot.attempt)
     if scored is None:
         return GroupRows((*place, None, None, closed.state, None, None), [])
-    prompt = scored.group.prompt
-    group = (*place, prompt.row, prompt.epoch, closed.state, json_text(prompt.prompt), json_text(prompt.columns))
+    prompt, was_sampled = scored.group.prompt, not scored.group.supervised
+    row = prompt.row if was_sampled else None  # of other rows than those that are sampled
+    group = (*place, row, prompt.epoch, closed.state, json_text(prompt.prompt), json_text(prompt.columns))
     completions = []
     for sample, rollout in enumerate(scored.group.rollouts):
         completions.append(
@@ -129,7 +130,7 @@ def group_rows(closed: GroupClosed, *, log_probs: bool = False) -> GroupRows:
                 closed.advantages[sample] if closed.advantages else None,
                 json_text({name: scores[sample] for name, scores in scored.scores.items()}),
                 json_text({name: values[sample] for name, values in scored.extra.items()}) if scored.extra else "{}",
-                packed("f", rollout.log_probs) if log_probs else None,
+                packed("f", rollout.log_probs) if log_probs and was_sampled else None,
             )
         )
     return GroupRows(group, completions, episode_rows(closed), _token_rows(closed))

@@ -46,6 +46,7 @@ RULES: dict[str, Rule] = {
     "data.chat": "by name",
     "data.chat_template_kwargs": "by name",
     "data.chat_template_date": "by name",
+    "sft.completion_column": "never",  # as above
     "sft.*": "by name",
     "warm_start.path": "never",  # as above
     "warm_start.steps": "never",
@@ -76,6 +77,7 @@ RULES: dict[str, Rule] = {
     "learner.batch_size": "never",
     "learner.max_nonfinite_steps": "free",
     "learner.*": "by name",
+    "teacher.*": "by name",
     "schedule.mode": "never",
     "schedule.engines": "free",
     "schedule.generator": "free",
@@ -108,6 +110,7 @@ _WHY_NEVER = {
     "data.system_prompt": "a run goes on with the prompts that it began with",
     "data.shuffle": "which prompts a step has follows from it",
     "task": "what a step is follows from it",
+    "sft.completion_column": "a run goes on with the rows that it began with",
     "warm_start.path": "a run goes on with the rows that it began with",
     "warm_start.steps": "which steps are supervised follows from it",
     "learner.batch_size": "which prompts a step has follows from it",
