@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import anyio
@@ -20,8 +21,22 @@ import troupe  # noqa: F401 - loads OpenBLAS before anything imports MLX
 from tests.support.fakes import OPEN_DEVICES
 from tests.support.tiny import write_tiny_model
 
-hypothesis.settings.register_profile("busy", deadline=None)  # a machine may do other things meanwhile
-hypothesis.settings.load_profile("busy")
+# A machine may do other things meanwhile, and who changed nothing sees what others saw; to search on with other
+# examples: `pytest --hypothesis-profile search`.
+hypothesis.settings.register_profile("search", deadline=None)
+hypothesis.settings.register_profile("same", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("same")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """The collector of garbage need not look through thousands of tests, neither while they are found nor later."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture

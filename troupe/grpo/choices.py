@@ -117,8 +117,10 @@ def by_kl_cov(x: Places, config: LossConfig) -> mx.array:
 def by_second_moment(x: Places, config: LossConfig) -> mx.array:
     """The tokens that M2PO leaves out (Zheng et al. 2025, arXiv:2510.01161).
 
-    Compared are the tokens that an update has moved where their advantage points: A > 0 and π > μ, or A < 0 and π < μ.
-    Those with the largest log²(π/μ) are left out until the mean of log²(π/μ) over the others is at most `m2_threshold`.
+    Compared are the tokens that an update has moved where their advantage points: A > 0 and π > μ, or A < 0 and π < μ,
+    as in the authors' code. Those with the largest log²(π/μ) are left out until the mean of log²(π/μ) over the others
+    is at most `m2_threshold`, as in the paper and in AReaL, which compares all tokens. The authors' code differs in
+    what it counts: a token that is left out still counts, with the limit's square, and none within 0.7 to 1.5 is.
     """
     moved = x.sampler_log_ratio
     among = (x.mask > 0) & (moved * x.advantages > 0)

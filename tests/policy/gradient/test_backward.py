@@ -28,9 +28,10 @@ RAGGED: Rows = (PROMPTS, COMPLETIONS)
 
 
 def of_statistics(statistics: TokenStatistics) -> tuple[mx.array, mx.array]:
-    """A loss that is not linear in them, with weights for each place; and the mean entropy besides."""
+    """A loss that is not linear in them, with weights for each place; and the mean entropy besides. All terms are above
+    0, so that they do not cancel each other and leave what was rounded."""
     log_probs, entropies = statistics
-    by_log_probs, by_entropies = (mx.random.normal(log_probs.shape, key=mx.random.key(seed)) for seed in (0, 1))
+    by_log_probs, by_entropies = (mx.random.uniform(0.2, 2, log_probs.shape, key=mx.random.key(n)) for n in (0, 1))
     return (mx.exp(log_probs * 0.1) * by_log_probs + entropies * by_entropies).sum(), entropies.mean()
 
 

@@ -33,7 +33,9 @@ def metrics(out: Path) -> list[dict[str, Any]]:
         (PINNED | LORA, 1),
         (PINNED | DORA | REFERENCE, 2),
         (PINNED | LORA | {"schedule__generator": "process"}, 3),
-        (PINNED | LORA | {"schedule__generator": "process", "schedule__max_staleness": 0}, 4),
+        pytest.param(
+            PINNED | LORA | {"schedule__generator": "process", "schedule__max_staleness": 0}, 4, marks=pytest.mark.soak
+        ),
     ],
     ids=["thread", "dora and a reference", "process", "process in turns"],
 )
@@ -52,7 +54,7 @@ def test_a_pinned_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(
         assert read_store(out) == read_store(whole)
 
 
-@pytest.mark.parametrize("generator", ["thread", "process"])
+@pytest.mark.parametrize("generator", [pytest.param("thread", marks=pytest.mark.soak), "process"])
 def test_a_free_run_that_is_killed_again_and_again_ends_every_group_once(tmp_path: Path, generator: str) -> None:
     config = write_run(tmp_path, **PINNED | LORA | {"schedule__mode": "free", "schedule__generator": generator})
     killed = 0

@@ -137,7 +137,7 @@ def test_a_run_that_hangs_is_ended_after_a_while_or_on_request(workplace: Path) 
 
 
 def test_a_daemon_does_not_try_the_same_hang_over_and_over(workplace: Path) -> None:
-    with troupe("daemon", "run.toml", "-o", "o", "--set", "daemon.kill_after_s=15") as daemon:
+    with troupe("daemon", "run.toml", "-o", "o", "--set", "daemon.kill_after_s=10") as daemon:
         wait_for((workplace / "o" / SILENT).exists)
         status = said("status", "o")
         assert status.startswith("o: running, step 3 of 6")

@@ -145,7 +145,7 @@ def test_a_fault_of_the_scorer_amid_a_round_that_is_scored_together(tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("in_a_row", [1, 2, 3])
+@pytest.mark.parametrize("in_a_row", [1, *(pytest.param(many, marks=pytest.mark.soak) for many in (2, 3))])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("actor", ACTORS)
 def test_faults_at_any_await_one_after_the_other(tmp_path: Path, schedule: str, actor: str, in_a_row: int) -> None:

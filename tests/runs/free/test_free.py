@@ -183,7 +183,7 @@ def test_scores_that_are_missing_close_a_group_without_holding_up_a_step(
     assert result.closed_groups == {"quarantined": STEPS * BATCH_SIZE}
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_demo_learns_as_much_as_pinned(tmp_path: Path) -> None:
     reached = {}
     for mode in ("pinned", "free"):

@@ -71,12 +71,13 @@ def test_a_killed_run_chooses_the_same_rows_by_their_pass_rates(tmp_path: Path) 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("generator", ["thread", "process"])
-def test_pinned_runs_that_are_killed_again_and_again(tmp_path: Path, generator: str) -> None:
+def test_pinned_runs_that_are_killed_again_and_again(tmp_path: Path, generator: str, kills: int) -> None:
     settings = PINNED | {"schedule__generator": generator}
     whole = uninterrupted(tmp_path, **settings)
     killed, seed = 0, 0
-    while killed < 20:
+    while killed < kills:
         out = tmp_path / f"out-{seed}"
         killed += run_and_kill(tmp_path / "run.toml", out, kills=STEPS // EVERY // 2, seed=seed)
         check_pinned(out, whole)
@@ -84,11 +85,12 @@ def test_pinned_runs_that_are_killed_again_and_again(tmp_path: Path, generator: 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kills", [4, pytest.param(10, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("generator", ["thread", "process"])
-def test_free_runs_that_are_killed_again_and_again(tmp_path: Path, generator: str) -> None:
+def test_free_runs_that_are_killed_again_and_again(tmp_path: Path, generator: str, kills: int) -> None:
     config = write_run(tmp_path, **FREE | {"schedule__generator": generator})
     killed, seed = 0, 100
-    while killed < 10:
+    while killed < kills:
         out = tmp_path / f"out-{seed}"
         killed += run_and_kill(config, out, kills=STEPS // EVERY // 2, seed=seed)
         check_free(out)

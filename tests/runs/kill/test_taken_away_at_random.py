@@ -74,7 +74,7 @@ def final_of(folder: Path) -> dict[str, object]:
     return dict(newest.weights)
 
 
-@pytest.mark.parametrize("staleness", [0, 1])
+@pytest.mark.parametrize("staleness", [pytest.param(0, marks=pytest.mark.soak), 1])
 def test_no_run_ends_well_with_half_of_it_elsewhere(tmp_path: Path, staleness: int) -> None:
     """Nothing is written in its place, and its own folder goes on to the weights of the run that nobody harmed."""
     config = write_run(tmp_path / "inputs", schedule__max_staleness=staleness)
