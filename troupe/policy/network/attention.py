@@ -95,10 +95,9 @@ def query_blocks(
 
 
 def _causal(keys: int, queries: int, heads_per_key: int) -> mx.array:
-    """For the last `queries` of so many keys what `QueryBlock.causal` is. Its last rows serve as many queries of fewer
-    keys: so all blocks of a size share one array, which grows with the keys and not with their square."""
-    sees = mx.arange(keys)[:, None] <= mx.arange(keys - queries, keys)
-    return mx.tile(_bias(sees), (1, heads_per_key))
+    """`QueryBlock.causal` of the last `queries` of so many keys. Its last rows serve as many queries of fewer keys: all
+    blocks of a size share one array, which grows with the keys and not with their square."""
+    return mx.tile(_bias(mx.arange(keys)[:, None] <= mx.arange(keys - queries, keys)), (1, heads_per_key))
 
 
 def attention_mask(T: int, S: int, window: int | None) -> mx.array | str:
@@ -136,15 +135,15 @@ def attention_in_blocks(
 def attention_block_by_block(
     q: mx.array, k: mx.array, v: mx.array, scale: float, among: Sequence[QueryBlock], window: int | None = None
 ) -> mx.array:
-    """The first that `attention_in_blocks` gives, each block computed before the next is begun: MLX runs some
-    operations ahead, each of which would hold the scores of a block. `window`: where all rows stand at the same places,
-    keys that no query of a block sees are left out."""
+    """What `attention_in_blocks` gives first, each block computed before the next is begun: MLX runs ahead, and would
+    hold the scores of several. `window`: where all rows have the same places, keys that no query of a block sees are
+    left out."""
     found = []
     for block in among:
         first = 0 if window is None else max(0, block.keys - (block.stop - block.start) + 1 - window)
-        queries, seen = slice(block.start, block.stop), slice(first, block.keys)
-        alone = [block.alone(first)]
-        found.append(attention_in_blocks(q[:, :, queries], k[:, :, seen], v[:, :, seen], scale, alone)[0])
+        seen = slice(first, block.keys)
+        part = q[:, :, block.start : block.stop], k[:, :, seen], v[:, :, seen]
+        found.append(attention_in_blocks(*part, scale, [block.alone(first)])[0])
         mx.eval(found[-1])
     return _joined(found, 2)
 
