@@ -96,10 +96,9 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             raise ValueError(
                 'warm_start.path is given, but task is "sft", so that all steps are supervised; leave one of them out'
             )
-        if self.curriculum.enabled and (self.task == "sft" or self.warm_start.path is not None):
+        if self.curriculum.enabled and self.task == "sft":
             raise ValueError(
-                "curriculum.enabled goes by what was scored, and supervised steps have no scores; leave it out, or "
-                "train with a curriculum in a run of its own"
+                'curriculum.enabled goes by scores, of which there are none where task is "sft"; leave it out'
             )
         rows = self.learner.batch_size * self.generation.num_generations
         if (self.learner.gradient_accumulation_steps or 1) > rows:

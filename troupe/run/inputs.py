@@ -230,7 +230,7 @@ def _schedule(
         seed=config.seed,
         shuffle=config.data.shuffle,
         opened=opened,
-        curriculum=curriculum_for(config, dataset, rewards),
+        curriculum=curriculum_for(config, dataset, rewards, begins=0 if supervised is None else supervised.steps),
         supervised=supervised,
     )
 

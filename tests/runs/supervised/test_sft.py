@@ -83,9 +83,13 @@ def test_a_run_that_is_resumed_has_the_same_bits(tmp_path: Path, tiny_model: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at", [2, 4])
-def test_a_warm_start_is_resumed_amid_either_kind_of_step(tmp_path: Path, ragged_model: Path, at: int) -> None:
-    settings: dict[str, Any] = {"schedule__max_staleness": 1, "learner__beta": 0.1}
+@pytest.mark.parametrize(
+    ("at", "more"), [(2, {}), (4, {}), (2, {"curriculum__enabled": True, "curriculum__window": 1})]
+)
+def test_a_warm_start_is_resumed_amid_either_kind_of_step(
+    tmp_path: Path, ragged_model: Path, at: int, more: dict[str, Any]
+) -> None:
+    settings: dict[str, Any] = {"schedule__max_staleness": 1, "learner__beta": 0.1, **more}
     whole = troupe.train(warm_config(ragged_model, tmp_path / "whole", **settings), [weigh_ids])
     assert whole.steps == whole.total_steps == 7
     rewards = [line.get("reward") for line in lines(whole.folder)]
