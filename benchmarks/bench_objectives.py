@@ -45,10 +45,10 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 """The keys of `[learner]` that each row of the table sets."""
 
 
-def steps_to_goal(rewards: Sequence[float]) -> int | None:
-    """The first step at whose end the mean of `WINDOW` steps reaches `GOAL`; None where none does."""
+def steps_to_goal(rewards: Sequence[float], goal: float = GOAL) -> int | None:
+    """The first step at whose end the mean of `WINDOW` steps reaches a goal; None where none does."""
     ends = range(WINDOW, len(rewards) + 1)
-    return next((end for end in ends if statistics.fmean(rewards[end - WINDOW : end]) >= GOAL), None)
+    return next((end for end in ends if statistics.fmean(rewards[end - WINDOW : end]) >= goal), None)
 
 
 def run(name: str, seed: int, steps: int, iterations: int) -> dict[str, Any]:

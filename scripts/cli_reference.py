@@ -91,7 +91,7 @@ def _flat(commands: Mapping[str, click.Command]) -> dict[str, click.Command]:
 def reference() -> str:
     """The whole page."""
     commands = _flat(troupe.load_all())
-    first = ["train", "generate", "eval", "inspect", "doctor"]
+    first = ["train", "sft", "generate", "eval", "inspect", "doctor"]
     rest = [name for name in commands if name not in first]
     lines = [_HEAD]
     for name in [name for name in first if name in commands] + sorted(rest):

@@ -33,7 +33,7 @@ from troupe.checkpoint.write import encode_unfinished
 from troupe.errors import RewardError
 from troupe.grpo import LearnerConfig
 from troupe.messages import Unfinished
-from troupe.records.sinks.display import shown_metrics
+from troupe.records.sinks.display_lines import shown_metrics
 from troupe.rewards import RewardActor, RewardManager, RewardSample, RewardsConfig, batch_reward, load_reward
 
 pytestmark = pytest.mark.anyio

@@ -8,8 +8,8 @@ import pytest
 from tests.daemon.control.test_protocol import STATUS
 from tests.records.members import ALONE, CROWD, STUDIO
 from troupe.cli.status import Past, describe, describe_past, duration, headline
-from troupe.messages import Activity, Finding, LiveGroup, Restarting, Slot
-from troupe.records.held_out import HeldOut
+from troupe.messages import Activity, Evaluated, Finding, LiveGroup, Restarting, Slot
+from troupe.records.held_out import Standings
 from troupe.records.trend import trend_of
 
 
@@ -51,14 +51,14 @@ def test_everything_that_is_known_is_shown() -> None:
 def test_the_way_of_the_reward_and_what_is_wrong() -> None:
     finding = Finding(rule="r", title="nothing to learn", since=2, evidence="all are equal", remedy="--set a.b=1")
     status = msgspec.structs.replace(STATUS, findings=(finding,))
-    trend, held_out = trend_of([(1, 0.0), (2, 0.5), (3, 1.0)]), HeldOut()
+    trend, held_out = trend_of([(1, 0.0), (2, 0.5), (3, 1.0)]), Standings()
     lines = describe(status, "o", Past(reward=trend)).splitlines()
     assert "  diagnosis     nothing to learn: all are equal (since step 2); try --set a.b=1" in lines
     assert "  reward        0.0000 → 1.0000  ▁▅█  steps 1 to 3" in lines
     assert "  reward        0.0000 -> 1.0000  .:#  steps 1 to 3" in describe(
         status, "o", Past(reward=trend, encoding="ascii")
     )
-    held_out.add(7, "hard", {"eval/hard/accuracy": 0.5})
+    held_out.add(Evaluated(version=7, name="hard", metrics={"eval/hard/accuracy": 0.5}, rows=()))
     assert describe_past(Past(reward=trend_of([(7, 0.25)]), held_out=held_out)) == [
         "  reward        0.2500",
         "  held-out      hard  accuracy 50.0% at step 7",

@@ -33,6 +33,7 @@ from troupe.environments.manager import EnvironmentManager
 from troupe.environments.settings import EnvironmentConfig
 from troupe.errors import WorldError
 from troupe.messages import Incident
+from troupe.messages.evaluations import gid_of
 
 pytestmark = [pytest.mark.anyio, pytest.mark.alone]
 
@@ -80,9 +81,13 @@ async def test_loop_threads_and_processes_give_equal_answers() -> None:
 def test_a_row_that_is_evaluated_is_told_by_its_number() -> None:
     told, events = list[Incident](), EnvironmentEvents(EnvironmentConfig())
     events.listen(told.append)
-    talk: Any = SimpleNamespace(name=EpisodeName(-1 - (5 * 2**42 + 3), 1), spec=SimpleNamespace(is_live=False))
+    talk: Any = SimpleNamespace(name=EpisodeName(gid_of(5, 0, 3), 1), spec=SimpleNamespace(is_live=False))
     events.tell("tool_error", "no", talk, 2)
-    assert told[0].message == "tools, row 3 that is evaluated, sample 1, turn 2: no"
+    assert (told[0].message, told[0].gid) == ("evaluation, row 3: tools, sample 1, turn 2: no", None)
+    events.sets = ("held_out", "games")
+    talk.name = EpisodeName(gid_of(5, 1, 3), 1)
+    events.tell("tool_error", "no", talk, 2)
+    assert told[1].message == "evaluation of games, row 3: tools, sample 1, turn 2: no"
 
 
 @pytest.mark.parametrize("run", ["thread", pytest.param("process", marks=pytest.mark.slow)])

@@ -4,10 +4,12 @@ import math
 from collections.abc import Mapping
 from itertools import combinations, product
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pytest
 
+from troupe.actors.evaluator.settings import EvaluationSet
 from troupe.messages import EvaluatedRow, EvaluatedSample
 from troupe.rewards.estimates import (
     Comparison,
@@ -189,5 +191,12 @@ def test_the_figures_of_a_set_leave_out_what_is_missing_and_count_it() -> None:
         "eval/math/judge": pytest.approx(2 / 3),
         "eval/math/reward/length": 3.0,
     }
+    set_of_them = EvaluationSet(name="math", path="math.json", num_samples=2, temperature=1.0)
+    named = set_of_them.metrics(["judge", "length"], answers=True)
+    assert {figure for figure in figures if not figure.endswith("_se")} == set(named)
     assert scores_by_row(rows, "judge") == {0: [1.0, 1.0], 1: [0.0, None]}
     assert figures_of("empty", []) == {}
+    alone = msgspec.structs.replace(_row(0, "7", _sample("7", 0.5, accuracy=0.5)), columns={})
+    named_alike = figures_of("math", [alone])
+    assert named_alike["eval/math/reward/accuracy"] == 0.5
+    assert "eval/math/accuracy" not in named_alike

@@ -50,7 +50,7 @@ def test_no_table_says_a_name_twice() -> None:
         ("--lora_target_modules", ["adapter.target_modules"]),
         ("use_rslora", ["adapter.use_rslora"]),
         ("load_in_8bit", ["model.path"]),
-        ("path", ["model.path", "data.path"]),
+        ("path", ["model.path", "data.path", "teacher.path"]),
         ("vllm_server_host", []),
         ("vllm_importance_sampling_mode", ["learner.vllm_importance_sampling_mode"]),
     ],

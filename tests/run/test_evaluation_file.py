@@ -79,6 +79,13 @@ async def test_it_is_refused_where_it_is_of_something_else_or_in_use(tmp_path: P
         await evaluated(path, model, await asked(tmp_path, seed=1), "a")
     with pytest.raises(OutputError, match="with other rows, samples"):
         await evaluated(path, model, await asked(tmp_path, limit=2, num_samples=2), "a")
+    for end in ("", "# changed\n"):
+        (tmp_path / "own.py").write_text(f"def kind(completions, **_):\n    return [1.0] * len(completions)\n{end}")
+        scored = await asked(tmp_path, rewards=[f"{tmp_path / 'own.py'}:kind"])
+        if not end:
+            await evaluated(tmp_path / "own.jsonl", model, scored, "a")
+    with pytest.raises(OutputError, match=r"with other rewards \(rewards .*own.py:kind \(sum "):
+        await evaluated(tmp_path / "own.jsonl", model, scored, "a")
     (model / "generation_config.json").write_text('{"eos_token_id": 7}')
     with pytest.raises(OutputError, match="with other models"):
         await evaluated(path, model, questions, "a")

@@ -23,11 +23,12 @@ from troupe.policy import (
 )
 from troupe.policy.decode import cuda_kernels
 from troupe.policy.decode.engine import split_into_waves
+from troupe.policy.gradient.memory import forward_memory_bytes
 from troupe.policy.network import attention
 from troupe.policy.network.attention import attention_is_fused
 from troupe.run import memory as budget
 from troupe.run.memory import Plan, describe, peak_bytes, plan_memory
-from troupe.run.workload import Workload
+from troupe.run.workload import TeacherWork, Workload
 from troupe.runtime.memory import GB, RESERVE, device_limit_gb, memory_limited
 
 POLICY = NetworkConfig(
@@ -104,6 +105,21 @@ def test_the_phases_of_a_run_by_hand() -> None:
         "learn": held | learn,
         "update": held | update,
     }
+
+
+def test_a_teacher_is_held_and_works_beside_the_generator() -> None:
+    larger = msgspec.structs.replace(POLICY, hidden_size=128)
+    teacher = TeacherWork(larger, mx.float32, adapter=None, shares_base=False)
+    plan = plan_memory(config_of(), WORK._replace(teachers=(teacher,)))
+    assert all(items["teacher"] == 4 * parameter_count(larger) for items in plan.phases.values())
+    piece = MicroBatch(prompts=1, prompt_length=20, rows=4, completion_length=100)
+    forward = {"teacher's forward pass": forward_memory_bytes(larger, mx.float32, piece)}
+    assert plan.phases["generate"].items() >= forward.items()
+    assert not plan.phases["learn"].keys() & forward.keys(), "all is taught by then"
+    stale = plan_memory(config_of(schedule__max_staleness=1), WORK._replace(teachers=(teacher,)))
+    assert stale.phases["learn"].items() >= forward.items()
+    shared = plan_memory(config_of(), WORK._replace(teachers=(teacher._replace(shares_base=True),)))
+    assert shared.phases["learn"]["teacher"] == 0
 
 
 def test_with_staleness_versions_are_kept_and_both_work_at_once() -> None:

@@ -216,6 +216,9 @@ async def test_what_the_actors_are_at_is_read_off_their_spans() -> None:
         assert of_actors(actors, now_s, 512) == Activity(what="scoring step 1")
     with generator.report.span("generate"):
         assert getattr(of_actors(actors, now_s, 512), "what", None) == "generating"
+    teacher = Working("teacher")
+    with teacher.report.span("teach", step=0):
+        assert of_actors([*actors, teacher], now_s, 512) == Activity(what="asking the teacher about step 1")
     with generator.report.span("start process"):
         assert getattr(of_actors(actors, now_s, 512), "text", None) == "starting the generator"
 

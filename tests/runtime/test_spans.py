@@ -108,6 +108,21 @@ def test_environments_hide_behind_the_device_in_runs_that_have_any() -> None:
     assert step.end_step(12.0)["time/environment/exposed_s"] == 0.0  # who was seen once stays
 
 
+def test_evaluating_is_device_work_that_is_told_by_itself() -> None:
+    step = StepTimes(0.0)
+    step.add(span("learner", "learn", 0.0, 4.0))
+    assert "time/evaluation/hidden_s" not in step.end_step(4.0)
+    step.add(span("learner", "learn", 4.0, 6.0))
+    step.add(span("evaluator", "evaluate sums", 4.0, 9.5))
+    step.add(span("evaluator", "generate", 5.0, 9.0))
+    step.add(span("scorer", "score", 8.0, 10.0))
+    figures = step.end_step(10.0)
+    assert (figures["time/evaluation/hidden_s"], figures["time/evaluation/exposed_s"]) == (1.0, 3.0)
+    assert figures["time/device_s"] == 5.0
+    assert (figures["time/reward/hidden_s"], figures["time/reward/exposed_s"]) == (1.0, 1.0)
+    assert step.end_step(12.0)["time/evaluation/exposed_s"] == 0.0
+
+
 def test_a_span_over_two_steps_counts_in_both_as_far_as_it_goes() -> None:
     step = StepTimes(0.0)
     first = step.end_step(4.0, [span("generator", "decode", 3.0, 4.0)])

@@ -10,10 +10,11 @@ import mlx.core as mx
 from troupe import RunConfig
 from troupe.actors.learner.batch import CompletionLogProbs, as_rollouts, assemble
 from troupe.actors.schedule import PromptSchedule, count_steps, tokenize_prompts
+from troupe.actors.teacher.forward import TeacherForward
 from troupe.dataset import PromptDataset
 from troupe.grpo import adamw_init, learning_rate, sync_reference, train_on_batch
 from troupe.messages import Prompt, RolloutGroup, ScoredGroup, Slot
-from troupe.policy import RolloutEngine, RolloutRequest, Weights
+from troupe.policy import RolloutEngine, RolloutRequest, Weights, load_policy
 from troupe.policy.load import begin_policy
 
 
@@ -51,6 +52,11 @@ def run_straight(config: RunConfig, reward: Callable[..., list[float]]) -> Strai
         seed=config.seed,
     )
 
+    teacher = None
+    if config.teacher.path is not None:
+        teaching = load_policy(config.teacher.path, config.teacher.dtype)
+        teacher = TeacherForward(teaching.config, teaching.weights, teaching.base, generation.temperature)
+
     def complete(prompts: list[Prompt], weights: Weights, version: int) -> list[ScoredGroup]:
         records = learner.router_replay != "off"
         engine = RolloutEngine(
@@ -66,6 +72,7 @@ def run_straight(config: RunConfig, reward: Callable[..., list[float]]) -> Strai
                 rollouts=as_rollouts(completed, policy.tokenizer.decode_sampled),
                 prompt_experts=completed.prompt_experts,
             )
+            group = group if teacher is None else teacher.taught(group)
             completion_ids: Any = [list(rollout.token_ids) for rollout in group.rollouts]
             scored[completed.index] = ScoredGroup(group=group, scores={"r": tuple(reward(completion_ids))})
         return [scored[i] for i in range(len(prompts))]
@@ -99,6 +106,7 @@ def run_straight(config: RunConfig, reward: Callable[..., list[float]]) -> Strai
                 learner,
                 weights={"r": 1.0},
                 pad_id=policy.tokenizer.pad_token_id or 0,
+                teacher=None if teacher is None else config.teacher,
             )
             result = train_on_batch(
                 weights,

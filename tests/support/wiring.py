@@ -24,6 +24,7 @@ from tests.support.acting import ScriptedSession
 from tests.support.fakes import DirectSinkThread
 from troupe import RunConfig
 from troupe.actors.checkpointer import CheckpointWriter
+from troupe.actors.evaluator.conditions import Conditions
 from troupe.actors.evaluator.decoding import EvalSet
 from troupe.actors.evaluator.settings import EvaluationSet
 from troupe.actors.learner.gathering import StepGroups, gid_of
@@ -324,6 +325,7 @@ def prepared_run(config: RunConfig, rewards: RewardManager, rows: int, acting_se
         having=lambda weights: policy,
     )
     memory: Any = SimpleNamespace(limit_gb=None)
+    sets = _sets(rewards) if config.evaluation.every else ()
     return Prepared(
         config=config,
         folder=Path(config.output),
@@ -341,7 +343,8 @@ def prepared_run(config: RunConfig, rewards: RewardManager, rows: int, acting_se
                 shuffle=True,
                 curriculum=curriculum_for(config, dataset, rewards),
             ),
-            sets=_sets(rewards) if config.evaluation.every else (),
+            sets=sets,
+            conditions={of.name: Conditions(of, of.settings.generation(config.generation)) for of in sets},
             rewards=rewards,
             longest_prompt=2,
             acting_setup=acting_setup,

@@ -26,20 +26,23 @@ class Curriculum:
         shuffle: bool,
         ahead: int | None,
         attempts: int = 0,
+        begins: int = 0,
     ) -> None:
         """`ahead`: steps that are prompted while an earlier one is not learned yet, in the pinned schedule; None: the
-        free one. `attempts`: how often a group may be replaced by one of another row."""
+        free one. `attempts`: how often a group may be replaced by one of another row. `begins`: the first step that has
+        rows of it."""
         self.config = config
         self._rows = len(dataset)
         self._batch_size = batch_size
         self._ahead = ahead
         self._attempts = attempts
+        self._begins = begins
         self._pools = Pools(dataset.order(seed, 0, shuffle=shuffle), config, seed=seed, shuffle=shuffle)
         self._chosen: dict[int, StepRows] = {}
         self.end: int | None = None
         """The first step that is not begun, because every row is retired; None: there is none."""
         self._has_told = False
-        self._choose_ahead(0)
+        self._choose_ahead(begins)
 
     @property
     def is_retired(self) -> bool:
@@ -103,7 +106,7 @@ class Curriculum:
         self._pools.restore(state.records, state.away, state.turns)
         self._chosen = {chosen.step: chosen for chosen in state.chosen}
         self.end = state.end if self.config.stop_when_retired else None
-        self._choose_ahead(version)
+        self._choose_ahead(max(version, self._begins))
 
     def _choose_ahead(self, version: int) -> None:
         if self._ahead is not None:

@@ -5,7 +5,7 @@ import time
 
 from troupe.actors.ledgers import OpenGroups, PromptLedger, next_attempt
 from troupe.actors.schedule import PromptSchedule
-from troupe.messages import Drain, GroupClosed, Hold, Pause, Prompt, Replace, Resume, Slot, Step
+from troupe.messages import Drain, GroupClosed, Hold, Pause, Prompt, Replace, Resume, ScoredGroup, Slot, Step
 from troupe.runtime.actor import Actor
 from troupe.runtime.board import Credits
 from troupe.runtime.mailbox import Channel, Mailbox
@@ -14,7 +14,8 @@ from troupe.runtime.reporter import Reporter
 
 class Prompter(Actor):
     """Receives GroupClosed (a credit returns), Replace (one changes hands) and what may stop prompting: Hold from the
-    scorer and the environment, and Pause, Resume, Step and Drain from outside. Sends Prompt.
+    scorer and the environment, and Pause, Resume, Step and Drain from outside. Sends Prompt, and ScoredGroup where the
+    completion is given.
 
     When nothing is left to issue it closes the channel to the generator: that is how a run ends. Where groups may be
     replaced, that is when the last one of them is closed.
@@ -29,6 +30,7 @@ class Prompter(Actor):
         self,
         inbox: Mailbox,
         prompts: Channel[Prompt],
+        given: Channel[ScoredGroup] | None = None,
         *,
         schedule: PromptSchedule,
         credits: Credits,  # noqa: A002 - the name of the thing
@@ -37,8 +39,10 @@ class Prompter(Actor):
         replaces: bool = False,
         report: Reporter | None = None,
     ) -> None:
-        super().__init__(inbox, [prompts], report)
+        """`given`: to the learner, where there are groups that nobody samples."""
+        super().__init__(inbox, [prompts, *([] if given is None else [given])], report)
         self._prompts = prompts
+        self._given = given
         self._schedule = schedule
         self._credits = credits
         self._ledger = ledger
@@ -96,6 +100,8 @@ class Prompter(Actor):
         may_come = self._replaces and ledger.alive
         if ledger.next >= ledger.end and not may_come and not self._prompts.closed:
             self._prompts.close()
+            if self._given is not None:
+                self._given.close()
 
     def _end_with_the_rows(self) -> None:
         """Begin no step that there are no rows for, which may be known at any moment."""
@@ -137,5 +143,10 @@ class Prompter(Actor):
         while outbox:
             prompt = outbox[0]
             with self.report.span("issue", step=prompt.slot.step, gid=prompt.gid):
-                await self._prompts.send(prompt)
+                group = self._schedule.given(prompt)
+                if group is None:
+                    await self._prompts.send(prompt)
+                else:
+                    assert self._given is not None
+                    await self._given.send(group)
             outbox.popleft()

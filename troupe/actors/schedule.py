@@ -18,9 +18,10 @@ import msgspec
 
 from troupe.actors.curriculum import Curriculum
 from troupe.actors.generator.engines.settings import EngineConfig, check_engines
+from troupe.actors.supervised import SupervisedSteps
 from troupe.dataset import DataConfig, PromptDataset
 from troupe.errors import ConfigError, DatasetError, InputError
-from troupe.messages import Prompt, PromptText, Slot
+from troupe.messages import Prompt, PromptText, ScoredGroup, Slot
 from troupe.policy import Tokenizer, encode_prompt
 
 _ATTEMPT_STRIDE = 1 << 48
@@ -114,11 +115,15 @@ class PromptSchedule:
         shuffle: bool,
         opened: Callable[[PromptText, tuple[int, ...]], str] = lambda prompt, ids: "",
         curriculum: Curriculum | None = None,
+        supervised: SupervisedSteps | None = None,
     ) -> None:
         """`opened`: what a prompt, with these ids, has written of the thoughts. `curriculum`: chooses the rows, by
-        what came of them; None: each epoch has all of them."""
+        what came of them; None: each epoch has all of them. `supervised`: the steps at the beginning that are not
+        sampled; the stream of prompts begins after them."""
         self.batch_size = batch_size
         self.curriculum = curriculum
+        self.supervised = supervised
+        self._begins = 0 if supervised is None else supervised.steps
         self.rows = len(dataset)
         """Prompts an epoch."""
         self._seed = seed
@@ -139,12 +144,14 @@ class PromptSchedule:
         `round_size`: prompts of the slot's step and attempt; None for a whole step. `row`: the dataset row where it is
         not the slot that says which, because an earlier attempt is repeated.
         """
+        if self.supervised is not None and slot.step < self._begins:
+            return self._given_prompt(slot, self.supervised)
         if row is None:
             row = self._row(slot)
         return Prompt(
             gid=self.gid(slot),
             slot=slot,
-            epoch=(slot.step * self.batch_size + slot.place) // self.rows,
+            epoch=((slot.step - self._begins) * self.batch_size + slot.place) // self.rows,
             row=row,
             prompt=self._dataset[row].prompt,
             prompt_ids=self._prompt_ids[row],
@@ -157,6 +164,31 @@ class PromptSchedule:
         """The unique number of the group in a slot."""
         return slot.step * self.batch_size + slot.place + slot.attempt * _ATTEMPT_STRIDE
 
+    def _given_prompt(self, slot: Slot, supervised: SupervisedSteps) -> Prompt:
+        epoch, row = supervised.place(slot.step * self.batch_size + slot.place)
+        return Prompt(
+            gid=self.gid(slot),
+            slot=slot,
+            epoch=epoch,
+            row=row,
+            prompt=supervised.row(row).prompt,
+            prompt_ids=supervised.examples[row].prompt_ids,
+            columns=supervised.row(row).columns,
+            round_size=self.batch_size,
+        )
+
+    def given(self, prompt: Prompt) -> ScoredGroup | None:
+        """The group of a prompt whose completion is given; None: it is to be sampled."""
+        if self.supervised is None or prompt.slot.step >= self._begins:
+            return None
+        return self.supervised.examples[prompt.row].group(prompt)
+
+    def epoch(self, version: int) -> float:
+        """How often the rows of its kind of step have been seen with a version."""
+        if self.supervised is not None and version <= self._begins:
+            return self.supervised.epoch(version)
+        return (version - self._begins) * self.batch_size / self.rows
+
     def _row(self, slot: Slot) -> int:
         if self.curriculum is not None:
             return self.curriculum.row(slot)
@@ -164,7 +196,7 @@ class PromptSchedule:
 
     def _in_stream(self, step: int, place: int) -> int:
         """The row of the first attempt."""
-        epoch, position = divmod(step * self.batch_size + place, self.rows)
+        epoch, position = divmod((step - self._begins) * self.batch_size + place, self.rows)
         return self._order(epoch)[position]
 
     def _replacement(self, slot: Slot) -> int:

@@ -85,6 +85,8 @@ class Made(msgspec.Struct, frozen=True, kw_only=True):
     """What of the machine decided the bits."""
     lacking: dict[str, int] = {}
     """Name of a durable sink → how many steps of the run its file lacked already."""
+    teacher: str = ""
+    """Fingerprint of the teacher; empty where there was none."""
 
 
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):

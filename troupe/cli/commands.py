@@ -22,7 +22,7 @@ from troupe.runtime.terminal import EXIT_BAD_INPUT, EXIT_FAULT, EXIT_INTERRUPTED
 P = ParamSpec("P")
 _OTHER_VALUES = {"scale", "exclude_modules"}
 """Names of others' settings whose values are other ones here."""
-_FIRST = ("train", "generate", "eval", "inspect", "runs", "compare", "report", "fuse", "doctor", "worker")
+_FIRST = ("train", "sft", "generate", "eval", "inspect", "runs", "compare", "report", "fuse", "doctor", "worker")
 
 
 class Number(click.FloatRange):
@@ -106,7 +106,7 @@ class Command(click.Command):
         note = plain(meaning.note)
         if not meaning.ours:
             return f"there is none here: {note}"
-        if self.name not in ("train", "daemon"):  # notes are about runs
+        if self.name not in ("train", "sft", "daemon"):  # notes are about runs
             note = ""
         ways = list(dict.fromkeys(self._way(ours, value) for ours in meaning.ours))
         if None in ways:

@@ -11,7 +11,16 @@ from troupe.errors import InputError, ModelError
 from troupe.policy.adapter.files import base_named_in, is_adapter_folder
 from troupe.policy.model_files import ADAPTER_CONFIG
 from troupe.records.layout import RUN_TOML
-from troupe.run.config import Layer, RunConfig, config_table, layered, load_config, read_overrides, settings_layers
+from troupe.run.config import (
+    Layer,
+    RunConfig,
+    Task,
+    config_table,
+    layered,
+    load_config,
+    read_overrides,
+    settings_layers,
+)
 from troupe.run.folder_names import policy_folder, run_folder_named
 from troupe.runtime.files import expanded
 from troupe.runtime.terminal import tell
@@ -51,7 +60,13 @@ _NAMING = {"model", "adapter", "dataset", "eval_data", "rewards", "environment",
 
 
 def train_config(
-    run_toml: Path | None, *, resume: bool, settings: tuple[str, ...] = (), output: str | None = None, **flags: Any
+    run_toml: Path | None,
+    *,
+    resume: bool,
+    settings: tuple[str, ...] = (),
+    output: str | None = None,
+    task: Task = "grpo",
+    **flags: Any,
 ) -> RunConfig:
     """The config that the flags of `troupe train` mean, by the names of its parameters; None means "not given".
 
@@ -79,6 +94,7 @@ def train_config(
     if run_toml is None:  # where only the model or only the data is named, the other is the demo's
         demo = config_table(load_config(DEMO_CONFIG))
         layers = [Layer("the demo", {section: {"path": demo[section]["path"]} for section in ("model", "data")})]
+    layers += [Layer("the command", {"task": task})] if task != "grpo" else []
     layers += flag_layers({**flags, "output": output})
     return layered(run_toml, [*layers, *settings_layers(settings)])
 

@@ -27,6 +27,7 @@ from troupe.errors import ConfigError, InputError, RunError
 from troupe.messages import (
     Checkpoint,
     Drain,
+    Finding,
     GetStatus,
     Pause,
     Refused,
@@ -38,6 +39,7 @@ from troupe.messages import (
 )
 from troupe.records.diagnosis import in_full
 from troupe.records.diagnosis.past import diagnose
+from troupe.records.layout import METRICS
 from troupe.records.standing import describe_standing, read_standing, silence_of
 from troupe.run.tables import anchored_reward, parse_setting
 from troupe.runtime.lock import read_owner
@@ -122,6 +124,7 @@ def _port(text: str) -> str:
 @report_errors
 def status(folder: Path, watch: bool, interval: float, as_json: bool) -> None:
     """Tell what the run in OUT_DIR is doing, or what became of it."""
+    past = _Past(folder)
     while True:  # each time anew: a client that is silent for long is dropped
         try:
             _show(ask(folder, GetStatus(), _patience_s(folder)), folder, as_json=as_json, clear=watch and not as_json)
@@ -135,7 +138,8 @@ def status(folder: Path, watch: bool, interval: float, as_json: bool) -> None:
                 tell_json(msgspec.json.encode(found).decode())
             else:
                 tell_rows("\n".join([f"{folder}: {describe_standing(found)}", *describe_past(read_past(folder))]))
-                _tell_findings(folder)
+                for line in past.findings():
+                    tell_rows(line)
         if not watch or not goes_on:
             return
         time.sleep(interval)
@@ -159,12 +163,22 @@ def _show(found: Reply, folder: Path, *, as_json: bool, clear: bool) -> None:
         tell(row("live page", address))
 
 
-def _tell_findings(folder: Path) -> None:
-    """Of a run that does not answer, as far as its steps can be read."""
-    with suppress(InputError):
-        for finding in diagnose(folder):
-            if finding.until is None:
-                tell_rows(row("diagnosis", in_full(finding)))
+class _Past:
+    """What the steps of a run that does not answer say is wrong with it: seconds of a long run, so that they are read
+    again only where there are more."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._read: tuple[int, int] | None = None
+        self._findings: tuple[Finding, ...] = ()
+
+    def findings(self) -> list[str]:
+        """A line for each that holds, as far as the steps can be read."""
+        with suppress(InputError, OSError):
+            there = (self._folder / METRICS).stat()
+            if self._read != (written := (there.st_size, there.st_mtime_ns)):
+                self._findings, self._read = diagnose(self._folder), written
+        return [row("diagnosis", in_full(finding)) for finding in self._findings if finding.until is None]
 
 
 def _add_request(name: str, request: Request, text: str) -> None:

@@ -27,7 +27,7 @@ from troupe.cli.tables import screen_width
 from troupe.errors import InputError
 from troupe.policy import GenerationConfig
 from troupe.records.compare.settings import short_names
-from troupe.records.sinks.display import clock_time
+from troupe.records.sinks.display_lines import clock_time
 from troupe.run.aliases import describe_meaning, ours_for
 from troupe.run.config import RunConfig, known_keys, layered, load_config, settings_layers
 from troupe.run.evaluate import Questions, answer, ask, check_model

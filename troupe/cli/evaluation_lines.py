@@ -5,8 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from troupe.cli.tables import Column, table
-from troupe.records.compare.held_out import in_words
-from troupe.records.held_out import is_share
+from troupe.records.held_out import in_words, is_share
 from troupe.records.text import prompt_text
 from troupe.rewards.estimates import Comparison, compared, scores_by_row
 from troupe.run.evaluate import Evaluation

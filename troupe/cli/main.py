@@ -14,7 +14,19 @@ from troupe.runtime.terminal import EXIT_BAD_INPUT
 
 _LOADED = {
     name: name
-    for name in ("train", "generate", "inspect", "report", "doctor", "fuse", "worker", "cluster", "runs", "compare")
+    for name in (
+        "train",
+        "sft",
+        "generate",
+        "inspect",
+        "report",
+        "doctor",
+        "fuse",
+        "worker",
+        "cluster",
+        "runs",
+        "compare",
+    )
 } | {"eval": "evaluate"}
 """Command → the file of this room, and the name in it."""
 

@@ -11,7 +11,7 @@ from troupe.messages import NOTHING_TOLD, LiveGroup, MemberStatus, Status
 from troupe.records.diagnosis import in_full
 from troupe.records.evaluations import read_evaluations
 from troupe.records.figures import FIGURES, function_of, written
-from troupe.records.held_out import HeldOut
+from troupe.records.held_out import Standings
 from troupe.records.members import called, summary, told, worth_telling
 from troupe.records.trend import Trend, area, stored_rewards, trend_of
 from troupe.runtime.terminal import arrows, one_line
@@ -28,18 +28,18 @@ class Past(msgspec.Struct, frozen=True, kw_only=True):
     """What a run came to so far."""
 
     reward: Trend = msgspec.field(default_factory=Trend)
-    held_out: HeldOut = msgspec.field(default_factory=HeldOut)
+    """Or, where nothing is scored, the loss."""
+    held_out: Standings = msgspec.field(default_factory=Standings)
     encoding: str = "utf-8"
     """Of what is printed."""
 
 
 def read_past(folder: Path) -> Past:
     """As far as the files in a run folder say it."""
-    held_out = HeldOut()
-    for evaluated in read_evaluations(folder):
-        held_out.add(evaluated.version, evaluated.name, evaluated.metrics)
-    reward = trend_of(stored_rewards(folder))
-    return Past(reward=reward, held_out=held_out, encoding=sys.stdout.encoding or "utf-8")
+    trend = trend_of(stored_rewards(folder))
+    if trend.first is None:
+        trend = trend_of(stored_rewards(folder, figure="loss"), "loss")
+    return Past(reward=trend, held_out=Standings(read_evaluations(folder)), encoding=sys.stdout.encoding or "utf-8")
 
 
 def describe(status: Status, name: str, past: Past | None = None) -> str:
@@ -88,10 +88,10 @@ def describe_past(past: Past) -> list[str]:
         return held_out
     first, newest = (written(value, ".4f") for value in (trend.first, trend.newest))
     if trend.steps[0] == trend.steps[1]:
-        return [row("reward", newest), *held_out]
+        return [row(trend.of, newest), *held_out]
     [curve] = area(trend.values, min(_CURVE_WIDTH, len(trend.values)), encoding=past.encoding)
     steps = f"steps {trend.steps[0]:,} to {trend.steps[1]:,}"
-    return [row("reward", f"{arrows(f'{first} → {newest}', past.encoding)}  {curve}  {steps}"), *held_out]
+    return [row(trend.of, f"{arrows(f'{first} → {newest}', past.encoding)}  {curve}  {steps}"), *held_out]
 
 
 def _figures(metrics: Mapping[str, float]) -> list[str]:

@@ -102,6 +102,13 @@ def train(run_toml: Path | None, *, resume: bool, dry_run: bool, allow_changes: 
     """
     tell_policy_of_run(flags["model"])
     config = train_config(run_toml, resume=resume, **flags)
+    carry_out(config, flags, resume=resume, dry_run=dry_run, allow_changes=allow_changes)
+
+
+def carry_out(
+    config: RunConfig, flags: dict[str, Any], *, resume: bool, dry_run: bool, allow_changes: tuple[str, ...]
+) -> None:
+    """Make a run, or show what it would be, and tell what became of it. InputError names the flag that it is about."""
     try:
         if dry_run:
             _tell_plan(prepare(config, resume=resume, allow_changes=allow_changes, to_show=True))
@@ -114,7 +121,8 @@ def train(run_toml: Path | None, *, resume: bool, dry_run: bool, allow_changes: 
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     tell_result(result)
     if interrupted and not result.complete:
-        tell(f"interrupted; go on with: troupe train -o {shlex.quote(result.folder)} --resume")
+        command = "train" if config.task == "grpo" else config.task
+        tell(f"interrupted; go on with: troupe {command} -o {shlex.quote(result.folder)} --resume")
         sys.exit(EXIT_INTERRUPTED)
 
 
@@ -155,11 +163,7 @@ def tell_result(result: RunResult) -> None:
 def describe_plan(prepared: Prepared) -> list[str]:
     """What a run would do, in lines, what matters most first: model, prompts, batch, rewards, memory."""
     config, policy = prepared.config, prepared.start.policy
-    learner, generation, rewards = config.learner, config.generation, config.rewards
-    weights = rewards.weights or (1.0,) * len(prepared.inputs.rewards.names)
-    scored = [f"{name} × {weight:g}" for name, weight in zip(prepared.inputs.rewards.names, weights, strict=False)]
-    limit = prepared.memory.limit_gb
-    compares = "" if learner.advantage == "grpo" else f" with the advantage {learner.advantage}"
+    learner, limit = config.learner, prepared.memory.limit_gb
     steps = f"{prepared.inputs.total_steps} steps into {prepared.folder}; nothing was written"
     if prepared.start.first_step:
         done = f"{prepared.start.first_step} of them done"
@@ -169,17 +173,39 @@ def describe_plan(prepared: Prepared) -> list[str]:
         f"model: {prepared.inputs.source}, {_count(parameter_count(policy.config))} weights in {policy.dtype}",
         *([] if policy.base.adapter is None else [f"adapter: {describe_adapter(policy.config, policy.base.adapter)}"]),
         *prepared.inputs.description.splitlines(),
-        f"a step: {learner.batch_size} prompts × {generation.num_generations} completions of at most "
-        f"{generation.max_completion_length} tokens, at temperature {generation.temperature:g}",
-        f"rewards: {', '.join(scored)}",
-        f"learning: {learner.loss_type}{compares}, learning rate {learner.lr:g} ({learner.lr_scheduler}), "
-        f"beta {learner.beta:g}",
+        *([] if config.task == "grpo" else [f"a step: {learner.batch_size} rows, learned by their likelihood"]),
+        *([] if config.warm_start.path is None else [_describe_warm_start(prepared)]),
+        *(_describe_sampling(prepared) if config.task == "grpo" else []),
+        *([] if config.task == "grpo" else [f"learning rate {learner.lr:g} ({learner.lr_scheduler})"]),
         f"schedule: {config.schedule.mode}, max_staleness {config.schedule.max_staleness}; a checkpoint every "
         f"{config.checkpoint.every} steps",
         *([] if prepared.ranks == 1 else [_describe_ranks(prepared)]),
         *describe_memory(prepared.memory.phases).splitlines(),
         "memory limit: none" if limit is None else f"memory limit: {config.memory_limit_gb or limit:g} GB",
     ]
+
+
+def _describe_sampling(prepared: Prepared) -> list[str]:
+    """What a step samples, and how that is scored and learned."""
+    config, names = prepared.config, prepared.inputs.rewards.names
+    learner, generation = config.learner, config.generation
+    weights = config.rewards.weights or (1.0,) * len(names)
+    scored = [f"{name} × {weight:g}" for name, weight in zip(names, weights, strict=False)]
+    compares = "" if learner.advantage == "grpo" else f" with the advantage {learner.advantage}"
+    return [
+        f"a step: {learner.batch_size} prompts × {generation.num_generations} completions of at most "
+        f"{generation.max_completion_length} tokens, at temperature {generation.temperature:g}",
+        f"rewards: {', '.join(scored)}",
+        f"learning: {learner.loss_type}{compares}, learning rate {learner.lr:g} ({learner.lr_scheduler}), "
+        f"beta {learner.beta:g}",
+    ]
+
+
+def _describe_warm_start(prepared: Prepared) -> str:
+    """What comes before the first step that is sampled."""
+    warm, rows = prepared.config.warm_start, prepared.config.learner.batch_size
+    steps = prepared.inputs.warm_steps
+    return f"warm start: {steps} steps of {rows} rows, learning rate {warm.lr:g} ({warm.lr_scheduler})"
 
 
 def _describe_ranks(prepared: Prepared) -> str:

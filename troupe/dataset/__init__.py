@@ -11,6 +11,7 @@ from troupe.dataset.prompts import PromptDataset
 from troupe.dataset.rows import RESERVED_COLUMNS, ROLES, PromptRow
 from troupe.dataset.settings import ChatMode, DataConfig
 from troupe.dataset.sources import anchored_source, source_name
+from troupe.dataset.supervised import SftConfig, SupervisedRows
 
 __all__ = [
     "RESERVED_COLUMNS",
@@ -20,6 +21,8 @@ __all__ = [
     "DataConfig",
     "PromptDataset",
     "PromptRow",
+    "SftConfig",
+    "SupervisedRows",
     "anchored_source",
     "source_name",
     "stop_making_rows",

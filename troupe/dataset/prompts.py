@@ -44,7 +44,7 @@ class PromptDataset:
         """
         source, config = str(source), DataConfig() if config is None else config
         rows, in_all = read_source(source, first)
-        return cls._from_numbered(rows, source, config, in_all)
+        return cls.from_numbered(rows, source, config, in_all)
 
     @classmethod
     def from_json(cls, path: str | Path, chat: ChatMode = "auto") -> PromptDataset:
@@ -58,23 +58,24 @@ class PromptDataset:
         path = expanded(path)
         if path.suffix.lower() not in (".json", ".jsonl"):
             raise DatasetError(f"{path}: unknown suffix {path.suffix!r}; give a .json or .jsonl file of prompts")
-        return cls._from_numbered(read_file(path), str(path), DataConfig(chat=chat))
+        return cls.from_numbered(read_file(path), str(path), DataConfig(chat=chat))
 
     @classmethod
     def from_rows(
         cls, rows: Iterable[Mapping[str, Any]], source: str = "rows", chat: ChatMode = "auto"
     ) -> PromptDataset:
         """The same from objects in memory; `source` stands for the file in error messages."""
-        return cls._from_numbered(((None, row) for row in rows), source, DataConfig(chat=chat))
+        return cls.from_numbered(((None, row) for row in rows), source, DataConfig(chat=chat))
 
     @classmethod
-    def _from_numbered(
+    def from_numbered(
         cls,
         numbered: Iterable[tuple[int | None, Any]],
         source: str,
         config: DataConfig,
         in_all: int | None = None,
     ) -> PromptDataset:
+        """The same from lines (None where there are none) and objects; `in_all`: how many there are of them."""
         rows = [check_row(value, source, row, line, config) for row, (line, value) in enumerate(numbered)]
         names = sorted({name for row in rows for name in row.columns})
         filled = [msgspec.structs.replace(row, columns={name: row.columns.get(name) for name in names}) for row in rows]

@@ -45,7 +45,7 @@ def check_row(value: Any, source: str, row: int, line: int | None, config: DataC
     where = f"{source}: row {row}" if line is None else f"{source}:{line}: row {row}"
     where = f"{where} (counted from 0)"
     if not isinstance(value, Mapping):
-        raise DatasetError(f'{where} is {_kind(value)}, not an object; write {{"prompt": …}}')
+        raise DatasetError(f'{where} is {kind_of_value(value)}, not an object; write {{"prompt": …}}')
     columns = dict(value)
     prompt = _as_conversation(_check_prompt(_take_prompt(columns, config, where), where), where, config)
     if config.answer_column not in (None, "answer"):
@@ -54,7 +54,7 @@ def check_row(value: Any, source: str, row: int, line: int | None, config: DataC
         columns["answer"] = columns[config.answer_column]
     for name in columns:
         if not isinstance(name, str):
-            raise DatasetError(f"{where}: column name {name!r} is {_kind(name)}; column names are texts")
+            raise DatasetError(f"{where}: column name {name!r} is {kind_of_value(name)}; column names are texts")
         if name in RESERVED_COLUMNS:
             raise DatasetError(
                 f"{where}: column {name!r} is the name of another argument of reward functions; rename it"
@@ -147,24 +147,29 @@ def _check_prompt(prompt: Any, where: str) -> PromptText:
             raise DatasetError(f"{where}: the prompt is empty; write a text or remove the row")
         return prompt
     if not isinstance(prompt, list):
-        raise DatasetError(f"{where}: the prompt is {_kind(prompt)}; give a text or a list of messages")
+        raise DatasetError(f"{where}: the prompt is {kind_of_value(prompt)}; give a text or a list of messages")
     if not prompt:
         raise DatasetError(f"{where}: the prompt is an empty list; give at least one message")
-    for number, message in enumerate(prompt):
-        at = f"{where}: message {number} of the prompt"
+    check_messages(prompt, where)
+    return prompt
+
+
+def check_messages(messages: list[Any], where: str, of: str = "prompt") -> None:
+    """Raise DatasetError for what is no message with a role that is known and a text, or a call."""
+    for number, message in enumerate(messages):
+        at = f"{where}: message {number} of the {of}"
         if not isinstance(message, dict):
-            raise DatasetError(f'{at} is {_kind(message)}, not an object; write {{"role": …, "content": …}}')
+            raise DatasetError(f'{at} is {kind_of_value(message)}, not an object; write {{"role": …, "content": …}}')
         if message.get("role") not in ROLES:
             raise DatasetError(f"{at} has role {message.get('role')!r}; use one of {', '.join(ROLES)}")
         content = message.get("content")
         if content is None and message.get("tool_calls"):
             continue
         if not isinstance(content, str):
-            raise DatasetError(f"{at} has content that is {_kind(content)}; give a text")
-    return prompt
+            raise DatasetError(f"{at} has content that is {kind_of_value(content)}; give a text")
 
 
-def _kind(value: Any) -> str:
+def kind_of_value(value: Any) -> str:
     """What a JSON author would call a value."""
     if value is None:
         return "null or missing"

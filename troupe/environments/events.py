@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -11,7 +11,7 @@ from troupe.environments.handles import Talk
 from troupe.environments.settings import EnvironmentConfig
 from troupe.messages import Incident
 from troupe.messages.episodes import Answer
-from troupe.messages.evaluations import row_of
+from troupe.messages.evaluations import told_of_row
 
 
 class Ending(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,6 +62,8 @@ class EnvironmentEvents:
         self._config = config
         self._listener: Callable[[Incident], None] | None = None
         self._told: set[tuple[str, str]] = set()
+        self.sets: Sequence[str] = ()
+        """Names of those that are evaluated."""
 
     def listen(self, listener: Callable[[Incident], None] | None) -> None:
         """Have a listener called with each incident at once; it must not raise."""
@@ -69,13 +71,15 @@ class EnvironmentEvents:
 
     def tell(self, kind: str, message: str, talk: Talk | None = None, turn: int = 0) -> None:
         """Something has happened, to an episode in a turn."""
-        gid = None
+        gid: int | None = None
         if talk is not None:
-            gid = talk.name.gid
             of = f"environment {talk.spec.label}" if talk.spec.is_live else "tools"
             when = "at its end" if turn < 0 else f"turn {turn}"
-            whose = f"group {gid}" if gid >= 0 else f"row {row_of(gid)} that is evaluated"
-            message = f"{of}, {whose}, sample {talk.name.sample}, {when}: {message}"
+            episode = f"sample {talk.name.sample}, {when}: {message}"
+            if talk.name.gid < 0:
+                message = f"{told_of_row(talk.name.gid, self.sets)}: {of}, {episode}"
+            else:
+                gid, message = talk.name.gid, f"{of}, group {talk.name.gid}, {episode}"
         if self._listener is not None:
             self._listener(Incident(actor="environment", kind=kind, message=message, gid=gid))
 

@@ -108,6 +108,10 @@ class EnvironmentManager:
         """Have one listener called at once with every incident; it must not raise."""
         self._events.listen(listener)
 
+    def name_sets(self, names: Sequence[str]) -> None:
+        """The sets that are evaluated, so that incidents name them."""
+        self._events.sets = tuple(names)
+
     def trust(self) -> None:
         """Take it that the environments have worked before: their code does not end the run any more."""
         for gate in self._answerer.gates.values():

@@ -3,6 +3,7 @@
 from troupe.grpo.advantages import compute_advantages, reward_statistics, spread_within_groups
 from troupe.grpo.batch import Batch, make_batch, split
 from troupe.grpo.config import LearnerConfig, LossConfig, ScaleRewards
+from troupe.grpo.distillation import distilled_advantages, sampled_divergence
 from troupe.grpo.loss import (
     EntropyControl,
     Normalizer,
@@ -38,6 +39,7 @@ __all__ = [
     "compared_part",
     "compute_advantages",
     "discounted_returns",
+    "distilled_advantages",
     "entropy_control",
     "entropy_from_logits",
     "grpo_loss",
@@ -45,6 +47,7 @@ __all__ = [
     "make_batch",
     "optimizer_state_bytes",
     "reward_statistics",
+    "sampled_divergence",
     "selective_log_softmax",
     "split",
     "spread_within_groups",

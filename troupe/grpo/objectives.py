@@ -21,11 +21,14 @@ from troupe.grpo.policy_terms import (
     gmpo,
     kl_cov,
     m2po,
+    nll,
     rloo,
     sapo,
     vespo,
 )
 
+SUPERVISED = "nll"
+"""What supervised steps are learned by; nobody chooses it for others, so that it is no `LossType`."""
 Scale = mx.array | float
 """A number that may be lazy."""
 
@@ -95,6 +98,7 @@ OBJECTIVES: dict[str, Objective] = {
     "m2po": Objective(m2po, masked_sum, by_tokens, takes_sampler_ratio=True, choice=by_second_moment),
     "clip_cov": Objective(clip_cov, masked_sum, by_tokens, choice=by_clip_cov),
     "kl_cov": Objective(kl_cov, masked_sum, by_tokens, choice=by_kl_cov),
+    SUPERVISED: Objective(nll, masked_sum, by_tokens),
 }
 """Loss type → objective. They differ in what a completion weighs: as much as any other in grpo and sapo, by its
 length in the others, most of all in luspo (Liu et al. 2026, arXiv:2602.05261), which is meant for sequence ratios."""

@@ -98,6 +98,11 @@ def gmpo(x: PolicyInputs, config: LossConfig) -> tuple[mx.array, Tallies]:
     return loss, clip_tallies(x.log_ratio < -config.epsilon, x.log_ratio > upper_epsilon(config), x)
 
 
+def nll(x: PolicyInputs, config: LossConfig) -> tuple[mx.array, Tallies]:
+    """−ℓ, whatever the advantage: the cross-entropy of completions that were given and not sampled."""
+    return -x.log_probs, {}
+
+
 def rloo(x: PolicyInputs, config: LossConfig) -> tuple[mx.array, Tallies]:
     """−min(r·A, clip(r, 1−ε, 1+ε_high)·A) with r = exp Σ_t(ℓ−ℓo)·m, the ratio of whole completions. (B, 1).
 

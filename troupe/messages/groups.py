@@ -85,6 +85,10 @@ class Rollout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     `learner.echo_alpha`. Their log-probs are 0 and mean nothing, their versions are those that read them."""
     rows: tuple[RowStart, ...] = ()
     """Of an episode, where new rows begin; empty: all tokens follow the group's prompt."""
+    teacher_log_probs: tuple[float, ...] = ()
+    """(T,) float32 log-probability, in nats, of each token for the teacher, at the temperature of `log_probs`, and
+    equal to these where it has no opinion: at what was observed, and from an id on that it does not know. Empty: it was
+    not asked."""
 
 
 class RolloutGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
@@ -98,6 +102,9 @@ class RolloutGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ascending ids, one byte each, or two where there are more than 256."""
     episodes: tuple[Episode, ...] = ()
     """(G,) what became of each sample, where the policy acts in an environment or has tools."""
+    supervised: bool = False
+    """Whether its completion is the dataset's and was not sampled: nothing scores it, and its likelihood is what is
+    learned."""
 
 
 class ScoredGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):

@@ -45,6 +45,30 @@ def load_policy(path: str | Path, dtype: str | None = None, *, adapter: str | Pa
     return policy if located.adapter is None else _beside(policy, located, network_fingerprint(located.folder))[0]
 
 
+def load_teacher(path: str | Path, dtype: str | None, student: Policy) -> tuple[Policy, str]:
+    """Read who teaches a policy → `Policy`, and its fingerprint. The base of the student's adapter is not read again
+    where the teacher is that network, or an adapter beside it. Raises what `load_policy` raises."""
+    located = resolve_base(path)
+    folder, fingerprint = located.folder, model_fingerprint(located.folder)
+    of_base, base = network_fingerprint(folder), student.base
+    shares = base.is_whole and base.fingerprint == of_base and dtype in (None, student.dtype)
+    if not shares:
+        policy = _whole(folder, dtype)
+        if located.adapter is None:
+            return policy, fingerprint
+        policy, of_adapter = _beside(policy, located, of_base)
+        return policy, _joined(fingerprint, of_adapter)
+    if located.adapter is None:
+        return student.having({}), fingerprint
+    stored = read_adapter(located.adapter, student.config, folder, of_base)
+    policy = student.having(stored.weights, base=base.beside(student.config, stored.adapter))
+    return policy, _joined(fingerprint, digest_of(stored.adapter, stored.weights))
+
+
+def _joined(of_model: str, of_adapter: str) -> str:
+    return hashlib.sha256(f"{of_model} {of_adapter}".encode()).hexdigest()
+
+
 def begin_policy(path: str | Path, dtype: str | None, settings: AdapterConfig, seed: int) -> tuple[Policy, str]:
     """What a run begins with, and its fingerprint: the whole network of a folder, or an adapter beside it, new or read,
     as `settings` say. Raises what `load_policy` raises, ConfigError as `resolve_adapter`, and ModelError for a packed
@@ -60,7 +84,7 @@ def begin_policy(path: str | Path, dtype: str | None, settings: AdapterConfig, s
     policy, fingerprint, of_base = _whole(folder, dtype), model_fingerprint(folder), network_fingerprint(folder)
     if located.adapter is not None:
         policy, of_adapter = _beside(policy, located, of_base, settings)
-        return policy, hashlib.sha256(f"{fingerprint} {of_adapter}".encode()).hexdigest()
+        return policy, _joined(fingerprint, of_adapter)
     if settings.kind is not None:
         return _with_new(policy, settings, seed, located.name, of_base), fingerprint
     if policy.is_packed:

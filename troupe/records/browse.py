@@ -36,7 +36,8 @@ _STEPS, _ROWS, _OF_A_ROW = 40, 8, 20
 class _Shown(msgspec.Struct, frozen=True, kw_only=True):
     """What every view of a completion says of it."""
 
-    gid: int
+    gid: str
+    """As text: JavaScript rounds whole numbers above 2^53."""
     sample: int
     step: int
     row: int | None
@@ -224,9 +225,10 @@ def _spread(items: Sequence[Any], count: int) -> list[Any]:
 
 def _figures(completion: StoredCompletion) -> dict[str, Any]:
     length, episode = len(completion.token_ids), completion.episode
-    names = ("gid", "sample", "step", "row", "state", "reward", "advantage", "finish_reason")
+    names = ("sample", "step", "row", "state", "reward", "advantage", "finish_reason")
     read = 0 if episode is None else observed_within(episode.observed, 0, length)
-    return {**{name: getattr(completion, name) for name in names}, "tokens": length - read}
+    told = {name: getattr(completion, name) for name in names}
+    return {**told, "gid": str(completion.gid), "tokens": length - read}
 
 
 def _values_of(completion: StoredCompletion) -> dict[str, Sequence[float | None]]:

@@ -86,12 +86,21 @@ CHARTS = {
         "percent",
     ),
     "loss": ChartSpec(
-        "Learning", "Loss", "What the optimizer lowers; near 0 by construction, so its size says little.", least=None
+        "Learning",
+        "Loss",
+        "What the optimizer lowers. In sampled steps near 0 by construction, so that its size says little; in "
+        "supervised ones nats a token.",
+        least=None,
     ),
     "kl": ChartSpec(
         "Learning",
         "KL to the reference",
         "How far the policy has moved from where it began, nats a token.",
+    ),
+    "teacher_kl": ChartSpec(
+        "Learning",
+        "KL to the teacher",
+        "By the sampled tokens, nats a token: what on-policy distillation lowers.",
     ),
     "entropy": ChartSpec("Learning", "Entropy", "Nats a token: near 0 the policy writes the same again and again."),
     "clip_ratio": ChartSpec(
@@ -168,8 +177,8 @@ CHARTS = {
     "step_time": ChartSpec("The run", "Time of a step", "From the end of the step before to its own.", "seconds"),
     "exposed": ChartSpec(
         "The run",
-        "Device left waiting for",
-        "Seconds of a step in which these were at work and the device was not.",
+        "Training left waiting for",
+        "Seconds of a step in which these were at work and the device did nothing for training.",
         "seconds",
         smooth=False,
     ),
@@ -204,6 +213,7 @@ _OF_SOME_LOSSES = (
 _POOLS = ("easy", "normal", "hard", "retired")
 _BESIDE_DEVICE = {
     "environment": "environments", "reward": "rewards", "checkpoint": "checkpoints", "logging": "logging",
+    "evaluation": "evaluation",
 }  # fmt: skip
 FIGURES = {
     "reward": Figure(".3f", "reward", ("reward", "reward"), status=".4f", chart="reward", name="mean"),
@@ -217,6 +227,10 @@ FIGURES = {
     "frac_reward_zero_std": Figure(chart="no_signal", name="all rewards equal"),
     "loss": Figure("+.4f", "loss", ("learning", "loss"), status="+.4f", chart="loss"),
     "kl": Figure(".4f", "KL", ("learning", "KL"), status=".4f", chart="kl", of="loss"),
+    "teacher/kl": Figure(
+        ".4f", "KL to teacher", ("learning", "teacher KL"), status=".4f", chart="teacher_kl", of="loss"
+    ),
+    "teacher/coef": Figure(of="loss"),
     "entropy": Figure(".3f", "entropy", ("learning", "entropy"), status=".3f", chart="entropy"),
     "clip_ratio/region_mean": Figure(
         ".1%", "clipped", ("learning", "clipped"), chart="clip_ratio", name="either side", of="loss"

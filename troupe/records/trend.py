@@ -2,7 +2,7 @@
 an area below its curve."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 from troupe.errors import OutputError
@@ -19,7 +19,9 @@ _VALUE = "value"
 class Trend:
     """Takes a figure step by step, for ever; of many steps it keeps means. May be read while it takes one."""
 
-    def __init__(self) -> None:
+    def __init__(self, of: str = "reward") -> None:
+        self.of = of
+        """Name of the figure."""
         self.first: float | None = None
         self.newest: float | None = None
         """Of the newest step that has a finite one."""
@@ -40,19 +42,24 @@ class Trend:
         self.newest = value
 
 
-def stored_rewards(folder: Path, up_to: int | None = None) -> tuple[tuple[int, float], ...]:
-    """(step, reward) of steps of a run that lie evenly, from the first to the newest (or `up_to`); nothing where there
-    is no store that can be read now."""
+def stored_rewards(folder: Path, up_to: int | None = None, figure: str = "reward") -> tuple[tuple[int, float], ...]:
+    """(step, reward), or another `figure`, of steps of a run that lie evenly, from the first to the newest (or
+    `up_to`); nothing where there is no store that can be read now."""
     try:
         with open_store(folder) as store:
-            return tuple(store.values("reward", _MOST_POINTS, up_to))
+            return tuple(store.values(figure, _MOST_POINTS, up_to))
     except OutputError:
         return ()
 
 
-def trend_of(points: Sequence[tuple[int, float]]) -> Trend:
+def telling(names: Container[str]) -> str:
+    """The figure that tells best how a step went, of those that it has: where nothing is scored, the loss."""
+    return "loss" if "loss" in names and "reward" not in names else "reward"
+
+
+def trend_of(points: Sequence[tuple[int, float]], of: str = "reward") -> Trend:
     """The trend of (step, value)."""
-    trend = Trend()
+    trend = Trend(of)
     for step, value in points:
         trend.add(step, value)
     return trend

@@ -51,6 +51,14 @@ def length_reward(completions: Sequence[Completion], target_length: int = 200, *
 length_reward.quick = True  # type: ignore[attr-defined]  # text of any length is compared in microseconds
 
 
+def no_reward(completions: Sequence[Completion], **columns: Any) -> list[float | None]:
+    """0 for every completion: for a run that learns from a teacher alone."""
+    return [0.0] * len(completions)
+
+
+no_reward.quick = True  # type: ignore[attr-defined]
+
+
 def diversity_reward(
     completions: Sequence[Completion],
     prompts: Sequence[PromptText] | None = None,

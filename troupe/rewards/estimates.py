@@ -25,6 +25,8 @@ _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(\D|$))")
 _LONGEST_ANSWER = 1000
 """Characters; what is longer is compared as it is."""
 _CONFIDENCE = 0.95
+_FIGURES = ("accuracy", "length", "clipped", "missing")
+"""Those that a reward may be called like."""
 
 
 class Estimate(msgspec.Struct, frozen=True):
@@ -206,7 +208,7 @@ def figures(
 
     `avg@K`, `pass@k`, `maj@K` and `accuracy` each have a standard error beside them (`…_se`). K is the number of
     samples of a row; k is 1, 2, 4, … and K, or `pass_at_ks`. `length` is tokens, `clipped` and `missing` are shares of
-    the samples: cut at the limit, and without a score. A reward that is called like one of these is `reward/NAME`.
+    the samples: cut at the limit, and without a score. Each reward has its mean, as `reward_figure` names it.
     """
     most = max((len(row.samples) for row in rows), default=0)
     ks = powers_up_to(most) if pass_at_ks is None else pass_at_ks
@@ -230,8 +232,13 @@ def figures(
         found["missing"] = fmean(sample.score is None for sample in samples)
     for reward, mean in reward_means(rows).items():
         if mean is not None:
-            found[f"reward/{reward}" if reward in found else reward] = mean
+            found[reward_figure(reward)] = mean
     return found
+
+
+def reward_figure(reward: str) -> str:
+    """What a reward's mean is called among the figures of rows: its name, but for one that a figure has."""
+    return f"reward/{reward}" if reward in _FIGURES else reward
 
 
 def reward_means(rows: Iterable[EvaluatedRow]) -> dict[str, float | None]:

@@ -18,6 +18,7 @@ from troupe.rewards.builtin import (
     get_repetition_penalty_reward,
     get_soft_overlong_punishment,
     length_reward,
+    no_reward,
     think_format_reward,
 )
 from troupe.rewards.convention import Reward, RewardFunction, check_signature
@@ -30,6 +31,7 @@ from troupe.runtime.isolation import in_daemon_thread
 
 BUILTIN: dict[str, RewardFunction] = {
     "length": length_reward,
+    "none": no_reward,
     "diversity": diversity_reward,
     "exact_answer": exact_answer_reward,
     "think_format": think_format_reward,

@@ -48,12 +48,13 @@ class RewardManager:
         jitter: Callable[[], float] = random.random,
         look_s: float = 60.0,
         elsewhere: Elsewhere | None = None,
+        needed: bool = True,
     ) -> None:
         """A text is loaded by `load_reward`. `weights` default to the config's, those to each reward's attribute
         `weight`, that to 1. `environments`: gid → the (G,) environments of a group, None for those that are not here;
         to be given where there are any. `sleep` and `jitter` pace the retries. `look_s`: that the code of a reward may
         take to load before it is said that it cannot be exchanged for another. `elsewhere`: where other machines are
-        that may run rewards.
+        that may run rewards. `needed`: there must be one.
 
         Raises:
             RewardError: no reward, one that cannot be called as a reward, or weights of another length.
@@ -64,7 +65,7 @@ class RewardManager:
         given = (
             [reward_funcs] if isinstance(reward_funcs, str) or not isinstance(reward_funcs, Sequence) else reward_funcs
         )
-        if not given:
+        if not given and needed:
             raise RewardError("there is no reward; give at least one function or RewardActor")
         rewards = [load_reward(reward) if isinstance(reward, str) else reward for reward in given]
         self.names = unique_names(rewards)

@@ -126,9 +126,11 @@ def sessions_of(schedule: ScheduleConfig) -> int:
     return 1 + schedule.max_staleness if schedule.mode == "pinned" else 1
 
 
-def default_rewards(rows: PromptDataset, acting: ActingWorld | None) -> str:
-    """Name of the reward where none is named. RewardError where nothing says what is right."""
+def default_rewards(rows: PromptDataset, acting: ActingWorld | None, *, may_be_none: bool = False) -> str:
+    """Name of the reward where none is named. RewardError where nothing says what is right, unless none is needed."""
     gives = acting is not None and acting.gives_rewards
+    if may_be_none and not gives and not rows.columns & {"answer", "reasoning_gym"}:
+        return "none"
     return default_reward(rows.columns, rows.source, environment_rewards=gives)
 
 

@@ -65,6 +65,7 @@ GRPO_CONFIG = (
     _same("learner", "scale_rewards", note='texts only: `"group"`, `"batch"`, `"none"`'),
     _a("reward_weights", "rewards.weights"),
     _same("learner", "mask_truncated_completions", note="a stop string's end is no truncation"),
+    _a("teacher_model_name_or_path", "teacher.path", "see [distillation](distillation.md)"),
     _same("learner", "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"),
     _same("learner", "top_entropy_quantile", "entropy_coef", "use_adaptive_entropy"),
     _same("learner", "entropy_target", "entropy_coef_delta", "entropy_coef_min", "entropy_coef_max"),
@@ -118,6 +119,7 @@ OTHER_COMMANDS = (
     _a("easy_fraction hard_fraction", "curriculum.easy_weight curriculum.hard_weight", "of a row, not of a batch"),
     _a("online_difficulty_filtering filter_groups", "learner.dynamic_sampling"),
     _a("kl_tau", "learner.dppo_kl_tau"),
+    _same("sft", "max_length", "completion_only_loss", "assistant_only_loss", note="SFTConfig's; see [rows](sft.md)"),
 )
 
 MLX_LM_LORA = (
@@ -155,6 +157,7 @@ MLX_LM_LORA = (
     _a("--val-batches --steps-per-eval", "data.eval_path evaluation.every", "all rows, or `limit` of a set"),
     _a("--max-seq-length", "data.max_prompt_tokens generation.max_completion_length", "of prompt and completion"),
     _a("--seed", "seed"),
+    _a("--mask-prompt", "sft.completion_only_loss", "on by default, in `troupe sft`"),
 )
 
 ADAPTERS = (
@@ -202,9 +205,8 @@ ABSENT = (
         "",
         "code of a model folder is never run; fetch a revision with `hf download`",
     ),
-    _a("do_train do_eval --train --test", "", "`troupe train` and `troupe eval` are commands"),
+    _a("do_train do_eval --train --test --train-mode", "", "`troupe train`, `troupe sft`, `troupe eval` are commands"),
     _a("rollout_func", "", "an environment plays what such a function would"),
-    _a("--train-mode", "", "GRPO always"),
     _a("--fuse --merge", "", "`troupe fuse` is a command"),
     _a(
         "lora_… modules_to_save layers_pattern layer_replication",
@@ -212,7 +214,6 @@ ABSENT = (
         "of each matrix A and B are trained, nothing else",
     ),
     _a("bnb_… qat_… --quantize-activations", "", "`mlx_lm.convert -q` packs a model, before or after training"),
-    _a("--mask-prompt", "", "only completions are learned from"),
     _a(
         "--judge --reference-model-path",
         "",
@@ -229,9 +230,9 @@ ABSENT = (
 
 COMMANDS = {
     "grpo": "train",
-    "lora": "train",
-    "finetune": "train",
-    "fine_tune": "train",
+    "lora": "sft",
+    "finetune": "sft",
+    "fine_tune": "sft",
     "run": "train",
     "start": "train",
     "evaluate": "eval",
@@ -313,7 +314,9 @@ def ours_for(name: str, keys: Sequence[str]) -> Meaning | None:
     """
     whole = normalized(name)
     leaf = whole.rpartition(".")[2]
-    own = [key for key in keys if key == whole] or [key for key in keys if key.rpartition(".")[2] == leaf]
+    named = [key for key in keys if key.rpartition(".")[2] == leaf]
+    # a warm start has keys of names that others have, who are meant more often
+    own = [key for key in keys if key == whole] or [key for key in named if not key.startswith("warm_start.")] or named
     alias = meaning_of(leaf)
     if own:
         return Meaning(tuple(own), alias.note if alias is not None and set(alias.ours) <= set(own) else "")

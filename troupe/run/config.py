@@ -7,31 +7,29 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, Literal, NamedTuple, get_type_hints
 
 import msgspec
 import tomli_w
 
 from troupe.actors.evaluator.settings import EvaluationConfig
 from troupe.actors.schedule import ScheduleConfig
+from troupe.actors.supervised import WarmStartConfig
+from troupe.actors.teacher.settings import TeacherConfig
 from troupe.checkpoint import CheckpointConfig
 from troupe.cluster.settings import ClusterConfig
-from troupe.dataset import CurriculumConfig, DataConfig, anchored_source
+from troupe.dataset import CurriculumConfig, DataConfig, SftConfig
 from troupe.environments.settings import EnvironmentConfig
 from troupe.errors import ConfigError
 from troupe.grpo import LearnerConfig
-from troupe.policy import AdapterConfig, GenerationConfig, ModelConfig, is_hub_id
+from troupe.policy import AdapterConfig, GenerationConfig, ModelConfig
 from troupe.policy.decode.sampling import GREEDY_BELOW
 from troupe.records.sinks.base import MetricsConfig
 from troupe.rewards import RewardsConfig
 from troupe.run.aliases import close_to, describe_meaning, foreign_for, ours_for
+from troupe.run.anchors import anchor_paths
 from troupe.run.daemon_settings import DaemonConfig
-from troupe.run.folder_names import moved_demo_file, policy_folder
 from troupe.run.tables import (
-    anchored_environment,
-    anchored_evaluation,
-    anchored_reward,
-    anchored_schedule,
     choices_of,
     copied,
     lay_over,
@@ -40,10 +38,9 @@ from troupe.run.tables import (
     value_at,
     without_none,
 )
-from troupe.runtime.files import expanded, read_toml
+from troupe.runtime.files import read_toml
 
-_SOURCES = ("path", "eval_path")
-"""Keys of [data] that name prompts."""
+Task = Literal["grpo", "sft"]
 _WHOLE = {"rank", "rank_pattern", "alpha_pattern"}
 """Keys of [adapter] that stand beside each other, at their defaults, only in a config that was written out whole."""
 
@@ -55,6 +52,9 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     by `Supervisor`.
     """
 
+    task: Task = "grpo"
+    """What a run does with its rows: sample completions and learn from their rewards, or learn those that the rows have
+    (`troupe sft`)."""
     seed: int = 0
     """What every random number of the run is derived from; from 0 to 2⁶³ − 1."""
     output: str | None = None
@@ -68,11 +68,14 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     model: ModelConfig = ModelConfig()
     adapter: AdapterConfig = AdapterConfig()
     data: DataConfig = DataConfig()
+    sft: SftConfig = SftConfig()
+    warm_start: WarmStartConfig = WarmStartConfig()
     curriculum: CurriculumConfig = CurriculumConfig()
     generation: GenerationConfig = GenerationConfig()
     rewards: RewardsConfig = RewardsConfig()
     environment: EnvironmentConfig = EnvironmentConfig()
     learner: LearnerConfig = LearnerConfig()
+    teacher: TeacherConfig = TeacherConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -87,16 +90,15 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             raise ValueError(f"memory_limit_gb is {self.memory_limit_gb}, but must be above 0; leave it out for none")
         if self.wired_limit_gb is not None and not 0.0 < self.wired_limit_gb < math.inf:
             raise ValueError(f"wired_limit_gb is {self.wired_limit_gb}, but must be above 0; leave it out for none")
-        if self.generation.temperature < GREEDY_BELOW:
+        if self.task == "grpo":
+            self._check_sampling()
+        elif self.warm_start.path is not None:
             raise ValueError(
-                f"generation.temperature is {self.generation.temperature:g}, but greedy completions of a prompt are "
-                "all alike and teach nothing; give a temperature above 0 (1.0 is usual, and below "
-                f"{GREEDY_BELOW:g} the likeliest token is taken, too)"
+                'warm_start.path is given, but task is "sft", so that all steps are supervised; leave one of them out'
             )
-        if self.generation.num_generations < 2:
+        if self.curriculum.enabled and self.task == "sft":
             raise ValueError(
-                f"generation.num_generations is {self.generation.num_generations}, but advantages compare the "
-                "completions of a prompt with each other; give at least 2"
+                'curriculum.enabled goes by scores, of which there are none where task is "sft"; leave it out'
             )
         rows = self.learner.batch_size * self.generation.num_generations
         if (self.learner.gradient_accumulation_steps or 1) > rows:
@@ -110,15 +112,28 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
                 "schedule.on_stale is 'correct', but learner.vllm_importance_sampling_correction is off, so that "
                 "nothing would correct for tokens of older weights; turn it on, or take 'drop' or 'requeue'"
             )
-        if self.rewards.min_scored > self.generation.num_generations:
-            raise ValueError(
-                f"rewards.min_scored is {self.rewards.min_scored}, but a group has only "
-                f"{self.generation.num_generations} completions (generation.num_generations); lower it"
-            )
         weights, functions = self.rewards.weights, self.rewards.functions
         if weights is not None and len(weights) < len(functions):  # rewards given in Python may ask for more of them
             raise ValueError(
                 f"rewards.weights has {len(weights)} numbers for {len(functions)} functions; give one weight a function"
+            )
+
+    def _check_sampling(self) -> None:
+        if self.generation.temperature < GREEDY_BELOW:
+            raise ValueError(
+                f"generation.temperature is {self.generation.temperature:g}, but greedy completions of a prompt are "
+                "all alike and teach nothing; give a temperature above 0 (1.0 is usual, and below "
+                f"{GREEDY_BELOW:g} the likeliest token is taken, too)"
+            )
+        if self.generation.num_generations < 2:
+            raise ValueError(
+                f"generation.num_generations is {self.generation.num_generations}, but advantages compare the "
+                "completions of a prompt with each other; give at least 2"
+            )
+        if self.rewards.min_scored > self.generation.num_generations:
+            raise ValueError(
+                f"rewards.min_scored is {self.rewards.min_scored}, but a group has only "
+                f"{self.generation.num_generations} completions (generation.num_generations); lower it"
             )
 
 
@@ -158,10 +173,10 @@ def layered(path: str | Path | None, layers: Sequence[Layer]) -> RunConfig:
     if path is not None:
         base = str(path)
         table = read_toml(Path(path))
-        _anchor_paths(table, Path(path).parent)
+        anchor_paths(table, Path(path).parent)
     for layer in layers:
         change = copied(layer.table)
-        _anchor_paths(change, Path.cwd())
+        anchor_paths(change, Path.cwd())
         lay_over(table, change)
     sources = _Sources(base, tuple(layers))
     config = _convert(table, sources)
@@ -177,10 +192,13 @@ def layered(path: str | Path | None, layers: Sequence[Layer]) -> RunConfig:
 def check_config(config: RunConfig) -> RunConfig:
     """Check types and bounds of a config that was built in Python; ConfigError names the key.
 
-    Relative input paths are made absolute: they count from the working directory.
+    Where all steps are supervised, a row has one completion, its own. Relative input paths are made absolute:
+    they count from the working directory.
     """
     table = config_table(config)
-    _anchor_paths(table, Path.cwd())
+    anchor_paths(table, Path.cwd())
+    if config.task == "sft":
+        lay_over(table, {"generation": {"num_generations": 1}})
     return _convert(table, _Sources("the configuration"))
 
 
@@ -191,7 +209,7 @@ def read_overrides(path: str | Path) -> dict[str, Any]:
     for others; ConfigError where it is no TOML.
     """
     table = read_toml(Path(path))
-    _anchor_paths(table, Path(path).parent)
+    anchor_paths(table, Path(path).parent)
     return table
 
 
@@ -214,32 +232,6 @@ def config_table(config: RunConfig) -> dict[str, Any]:
 def write_config(config: RunConfig, path: Path) -> None:
     """Write the whole config as TOML; `load_config` reads it back to an equal config, if its paths are absolute."""
     path.write_text(tomli_w.dumps(config_table(config)), encoding="utf-8")
-
-
-def _anchor_paths(table: dict[str, Any], base: Path) -> None:
-    """Make the input paths of a raw table absolute; values of a wrong type are left for the type check."""
-    model = table.get("model")
-    if isinstance(model, dict) and isinstance(model.get("path"), str):
-        path = Path(moved_demo_file(str((base / expanded(model["path"])).absolute())))
-        if path.exists() or not is_hub_id(model["path"]):
-            model["path"] = str(policy_folder(path))
-    adapter = table.get("adapter")
-    if isinstance(adapter, dict) and isinstance(adapter.get("resume_from"), str):
-        adapter["resume_from"] = str(policy_folder((base / expanded(adapter["resume_from"])).absolute()))
-    data = table.get("data")
-    if isinstance(data, dict):
-        named = {key: data[key] for key in _SOURCES if isinstance(data.get(key), str)}
-        data |= {key: moved_demo_file(anchored_source(source, base)) for key, source in named.items()}
-    rewards = table.get("rewards")
-    if isinstance(rewards, dict) and isinstance(rewards.get("functions"), list | tuple):
-        rewards["functions"] = [anchored_reward(spec, base) for spec in rewards["functions"]]
-    for section, anchored in (
-        ("environment", anchored_environment),
-        ("evaluation", anchored_evaluation),
-        ("schedule", anchored_schedule),
-    ):
-        if isinstance(table.get(section), dict):
-            table[section] = anchored(table[section], base)
 
 
 class _Sources(NamedTuple):

@@ -12,8 +12,11 @@ _SEEN = 1.5
 """Prompts drawn a row, from which on a curriculum has something to go by."""
 
 
-def curriculum_for(config: RunConfig, dataset: PromptDataset, rewards: RewardManager) -> Curriculum | None:
-    """What chooses the rows; None where each epoch has all of them. ConfigError for a reward that there is not."""
+def curriculum_for(
+    config: RunConfig, dataset: PromptDataset, rewards: RewardManager, *, begins: int = 0
+) -> Curriculum | None:
+    """What chooses the rows from step `begins` on; None where each epoch has all of them. ConfigError for a reward that
+    there is not."""
     settings, learner, schedule = config.curriculum, config.learner, config.schedule
     if not settings.enabled:
         return None
@@ -27,6 +30,7 @@ def curriculum_for(config: RunConfig, dataset: PromptDataset, rewards: RewardMan
         seed=config.seed,
         shuffle=config.data.shuffle,
         ahead=schedule.max_staleness if schedule.mode == "pinned" else None,
+        begins=begins,
         attempts=learner.max_resampling_attempts if learner.dynamic_sampling else 0,
     )
 

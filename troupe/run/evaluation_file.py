@@ -19,6 +19,7 @@ from troupe.messages import EvaluatedRow, EvaluatedSample
 from troupe.policy.load import resolve_base
 from troupe.policy.model_files import model_fingerprint
 from troupe.records.store.text import json_text, safe_text
+from troupe.rewards.identity import reward_identity
 from troupe.run.evaluate import Questions
 
 _LONGEST = 60
@@ -159,7 +160,7 @@ def identity_of(models: Sequence[tuple[str, Path | None]], questions: Questions,
         "models": [_model_identity(path, adapter) for path, adapter in models],
         "rows": _rows_identity(questions.rows),
         "samples": questions.settings.num_samples,
-        "rewards": [reward if isinstance(reward, str) else reward.__class__.__name__ for reward in questions.rewards],
+        "rewards": [reward_identity(reward) for reward in questions.rewards],
         "seed": questions.seed,
         "dtype": dtype,
         "generation": _told(questions.generation, "num_generations"),

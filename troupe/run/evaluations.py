@@ -25,6 +25,7 @@ def make_evaluator(
     report = wiring.reporters["evaluator"]
     config, device = prepared.config, ledgers.devices["generator"]
     acting, held_out = prepared.inputs.acting_setup, prepared.inputs.sets
+    conditions = prepared.inputs.conditions
     policy = prepared.start.policy.having({})  # not to keep the weights that the run begins with
     tokenizer, opened = policy.tokenizer, partial(opened_thought, policy.tokenizer)
 
@@ -43,7 +44,10 @@ def make_evaluator(
         )
 
     def sets() -> list[SetWork]:
-        return [SetWork(of, RowPrompts(of, number, opened), decoder(of)) for number, of in enumerate(held_out)]
+        return [
+            SetWork(of, RowPrompts(of, number, opened), decoder(of), conditions[of.name].now)
+            for number, of in enumerate(held_out)
+        ]
 
     return partial(
         Evaluator,

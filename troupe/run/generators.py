@@ -41,7 +41,7 @@ def make_generator(
         "report": wiring.reporters["generator"],
     }
     acting = wiring.acting
-    groups = wiring.rollouts if acting is None else acting.sampled
+    groups = wiring.completed if acting is None else acting.sampled
     if sources := _sources(prepared, wiring, ledgers, hub):
         return partial(
             RemoteGenerator,

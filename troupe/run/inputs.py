@@ -1,5 +1,7 @@
 """Inputs: what a run is made from, loaded and checked, the cheap checks first."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from datetime import date
 from functools import partial
@@ -7,17 +9,16 @@ from pathlib import Path
 
 import msgspec
 
+from troupe.actors.evaluator.conditions import Conditions
 from troupe.actors.evaluator.decoding import EvalSet
-from troupe.actors.schedule import PromptSchedule, count_steps, describe_prompts, think_notices, tokenize_prompts
+from troupe.actors.schedule import PromptSchedule, describe_prompts, think_notices, tokenize_prompts
+from troupe.actors.supervised import SupervisedSteps
 from troupe.cluster.calls import Calls
 from troupe.dataset import PromptDataset
 from troupe.errors import ConfigError
-from troupe.grpo import LearnerConfig
-from troupe.grpo.optimizer import LEARNING_RATE
 from troupe.messages import PromptText
 from troupe.messages.evaluations import HELD_OUT
-from troupe.policy import NetworkConfig, Policy, opened_thought
-from troupe.policy.adapter.modules import describe_adapter
+from troupe.policy import Policy, opened_thought
 from troupe.policy.load import begin_policy
 from troupe.records.metric_names import check_metric
 from troupe.rewards import Reward, RewardManager
@@ -34,13 +35,23 @@ from troupe.run.acting import (
 from troupe.run.config import RunConfig
 from troupe.run.curriculum import curriculum_for, curriculum_notices
 from troupe.run.engines import check_engine_inputs
+from troupe.run.rates import with_rates
 from troupe.run.resume.check import Resumption
+from troupe.run.resume.newest import Identity
 from troupe.run.sets import OF_EVALUATION, early_stop, finished_sets, judged_by, read_sets
+from troupe.run.supervised import (
+    all_steps,
+    check_unsampled,
+    describe,
+    read_supervised,
+    supervised_steps,
+    with_warm_steps,
+)
+from troupe.run.supervised import notices as supervised_notices
+from troupe.run.teaching import LoadedTeachers, teachers_of
 
 _SHOWN_ROWS = 4
 """Of a source whose rows have to be made, for a run that is only shown."""
-_ADAPTER_RATE = 1e-5
-"""Learning rate of an adapter, ten times that of a whole network; written out, as ten times 1e-6 is another number."""
 _FLOAT16 = (
     "the policy trains in float16, in which small gradients become 0 (there is no loss scaling); "
     "model.dtype = 'bfloat16' has no such limit"
@@ -59,13 +70,21 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
     policy: Policy
     dataset: PromptDataset
     schedule: PromptSchedule
+    supervised: SupervisedSteps | None = None
+    """What is learned without being sampled, at the beginning."""
+    warm_rows: PromptDataset | None = None
+    """Of a warm start."""
     sets: tuple[EvalSet, ...] = ()
     """What is evaluated."""
+    conditions: dict[str, Conditions]
+    """Of each set, by name."""
     rewards: RewardManager
     longest_prompt: int
     """Tokens."""
     acting_setup: ActingSetup | None = None
     """Where the policy acts; None: it answers once."""
+    teachers: LoadedTeachers | None = None
+    """With their arrays."""
     calls: Calls | None = None
     """Rewards and environments on workers; None: no worker can join the run."""
     total_steps: int
@@ -73,6 +92,35 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
     """What there is to train and to evaluate on, in lines."""
     notices: tuple[str, ...]
     """What the user should know, one line each."""
+
+    @property
+    def identity(self) -> Identity:
+        """What makes the run this one."""
+        return Identity(
+            dataset=self.rows_fingerprint,
+            model=self.fingerprint,
+            rewards=self.rewards.names,
+            teacher="" if self.teachers is None else self.teachers.fingerprint,
+        )
+
+    def without_teachers(self) -> Inputs:
+        """Without their arrays, that is."""
+        return msgspec.structs.replace(self, teachers=None)
+
+    @property
+    def supervised_steps(self) -> int:
+        """At the beginning of the run."""
+        return 0 if self.supervised is None else self.supervised.steps
+
+    @property
+    def warm_steps(self) -> int:
+        """Of them, before others."""
+        return 0 if self.warm_rows is None else self.supervised_steps
+
+    @property
+    def rows_fingerprint(self) -> str:
+        """Of all rows that are trained on."""
+        return self.dataset.fingerprint + (self.warm_rows.fingerprint if self.warm_rows is not None else "")
 
 
 def load_inputs(
@@ -85,55 +133,69 @@ def load_inputs(
     acting: Acting = NOTHING_GIVEN,
 ) -> Inputs:
     """Load what the config names, beside which `given` and `acting` are used. InputError for what cannot be used."""
-    data, learner, model = config.data, config.learner, config.model.path
-    assert model is not None
+    is_sampled = config.task == "grpo"
     first = _SHOWN_ROWS if to_show and not resume else None
-    dataset = PromptDataset.load(str(data.path), data, first=first)
+    given_rows = read_supervised(config, first)
+    dataset = _sampled_rows(config, first) if is_sampled or given_rows is None else given_rows.dataset
     held_out = read_sets(config, first)
     calls = None if config.cluster.serve is None else Calls()
     world = _load_world(config, acting, calls)
-    rewards, config = _rewards(config, given, dataset, world, calls)
-    policy, fingerprint = begin_policy(model, config.model.dtype, config.adapter, config.seed)
-    assert policy.path is not None
-    config, notices = _with_rate(config, policy)
-    if not resume:
-        policy.check_stop_ids()
-    config = _dated(config, policy, begins=not resume)
+    scored = dataset if is_sampled else next((each.rows for each in held_out), None)
+    rewards, config = _rewards(config, given, scored, world, calls)
+    policy, fingerprint, config, notices = _begin(config, resume=resume)
     acting_setup = None if world is None else ActingSetup.of(world, policy, config.data)
     tokenize = _tokenizer(policy, config, acting_setup, resumption)
-    prompt_ids = tokenize(dataset)
+    supervised = None if given_rows is None else supervised_steps(given_rows, config, policy)
+    prompt_ids = tokenize(dataset) if is_sampled or supervised is None else supervised.prompt_ids
     check_engine_inputs(config, policy, dataset, prompt_ids, acts=acting_setup is not None)
-    sets = finished_sets(held_out, config, trained_on=dataset, rewards=rewards, acting=world, tokenize=tokenize)
+    trained = dataset if is_sampled else None
+    sets = finished_sets(held_out, config, trained_on=trained, rewards=rewards, acting=world, tokenize=tokenize)
     notices += _best_by(config, rewards, sets, resumption)
     early_stop(config, sets)
-    longest = max(map(len, prompt_ids))
-    config, lowered = _fit_completions(config, policy.config.max_position_embeddings, longest_prompt=longest)
-    notices += lowered
+    sampled = prompt_ids if is_sampled else [ids for each in sets for ids in each.prompt_ids]
+    longest = max(map(len, sampled), default=1)
+    config, lowered = _fit_completions(config, policy.config.max_position_embeddings, longest if sampled else 0)
+    notices += lowered + supervised_notices(supervised)
     opened = partial(opened_thought, policy.tokenizer)
     notices += _about(config, policy, opened(dataset[0].prompt, prompt_ids[0]))
     if acting_setup is not None:
         acting_setup = acting_setup.within(longest, config.generation.max_completion_length)
         notices += acting_setup.notices(config)
-    total_steps = count_steps(
-        dataset.in_all, batch_size=learner.batch_size, epochs=learner.epochs, max_steps=learner.max_steps
-    )
+    total_steps = all_steps(config, dataset.in_all, supervised)
     notices += curriculum_notices(config, rewards.names, rows=dataset.in_all, steps=total_steps)
     return Inputs(
-        config=config,
-        source=policy.path,
+        config=with_warm_steps(config, supervised),
+        source=Path(str(policy.path)),
         fingerprint=fingerprint,
         policy=policy,
         dataset=dataset,
-        schedule=_schedule(config, dataset, prompt_ids, rewards, opened),
+        schedule=_schedule(config, dataset, prompt_ids, rewards, opened, supervised),
+        supervised=supervised,
+        warm_rows=None if given_rows is None or not is_sampled else given_rows.dataset,
         sets=sets,
+        conditions={each.name: Conditions(each, each.settings.generation(config.generation)) for each in sets},
         rewards=rewards,
         longest_prompt=longest,
         acting_setup=acting_setup,
+        teachers=teachers_of(config.teacher, policy, dataset),
         calls=calls,
         total_steps=total_steps,
-        description=_described(dataset, prompt_ids, sets, policy),
+        description=_described(supervised, trained, prompt_ids, sets, policy),
         notices=tuple(notices),
     )
+
+
+def _sampled_rows(config: RunConfig, first: int | None) -> PromptDataset:
+    return PromptDataset.load(str(config.data.path), config.data, first=first)
+
+
+def _begin(config: RunConfig, *, resume: bool) -> tuple[Policy, str, RunConfig, list[str]]:
+    """The policy that the run begins with, its fingerprint, the config with what follows from it, and what to tell."""
+    policy, fingerprint = begin_policy(str(config.model.path), config.model.dtype, config.adapter, config.seed)
+    config, notices = with_rates(config, policy)
+    if not resume:
+        policy.check_stop_ids()
+    return policy, fingerprint, _dated(config, policy, begins=not resume), notices
 
 
 def _tokenizer(
@@ -159,6 +221,7 @@ def _schedule(
     prompt_ids: Sequence[tuple[int, ...]],
     rewards: RewardManager,
     opened: Callable[[PromptText, Sequence[int]], str],
+    supervised: SupervisedSteps | None,
 ) -> PromptSchedule:
     return PromptSchedule(
         dataset,
@@ -167,15 +230,22 @@ def _schedule(
         seed=config.seed,
         shuffle=config.data.shuffle,
         opened=opened,
-        curriculum=curriculum_for(config, dataset, rewards),
+        curriculum=curriculum_for(config, dataset, rewards, begins=0 if supervised is None else supervised.steps),
+        supervised=supervised,
     )
 
 
 def _described(
-    dataset: PromptDataset, prompt_ids: Sequence[tuple[int, ...]], sets: Sequence[EvalSet], policy: Policy
+    supervised: SupervisedSteps | None,
+    sampled: PromptDataset | None,
+    prompt_ids: Sequence[tuple[int, ...]],
+    sets: Sequence[EvalSet],
+    policy: Policy,
 ) -> str:
     """What there is to train and to evaluate on, in lines."""
-    told = [describe_prompts(dataset, prompt_ids, policy.tokenizer)]
+    told = [] if supervised is None else describe(supervised, policy.tokenizer)
+    if sampled is not None:
+        told.append(describe_prompts(sampled, prompt_ids, policy.tokenizer))
     for each in sets:
         name = "held out" if each.name == HELD_OUT else f"evaluated as {each.name}"
         told.append(f"{name}: {describe_prompts(each.dataset, each.prompt_ids, policy.tokenizer)}")
@@ -193,6 +263,7 @@ def _about(config: RunConfig, policy: Policy, opened: str) -> list[str]:
 def _load_world(config: RunConfig, given: Acting, calls: Calls | None) -> ActingWorld | None:
     world = load_acting(config.environment, given, calls)
     check_learner(config.learner, world)
+    check_unsampled(config, acts=world is not None)
     return world
 
 
@@ -208,50 +279,23 @@ def _dated(config: RunConfig, policy: Policy, *, begins: bool) -> RunConfig:
     return msgspec.structs.replace(config, data=msgspec.structs.replace(config.data, chat_template_date=day))
 
 
-def _with_rate(config: RunConfig, policy: Policy) -> tuple[RunConfig, list[str]]:
-    """With the learning rate where the config leaves it open, and what to tell of that and of an adapter."""
-    adapter, lr, notices = policy.base.adapter, config.learner.lr, list[str]()
-    _check_experts(config.learner, policy.config)
-    if adapter is not None:
-        _check_reference(config.learner)
-        notices.append(describe_adapter(policy.config, adapter))
-    if lr is None:
-        lr = LEARNING_RATE if adapter is None else _ADAPTER_RATE
-        if adapter is not None:
-            notices.append(f"learner.lr is {lr:g}, ten times that of training the whole network; name it for another")
-    return msgspec.structs.replace(config, learner=msgspec.structs.replace(config.learner, lr=lr)), notices
-
-
-def _check_experts(learner: LearnerConfig, network: NetworkConfig) -> None:
-    """Raise ConfigError where something is asked of experts that the network does not have."""
-    if network.sparse_layers:
-        return
-    none = f"but a {network.model_type} has no experts"
-    if learner.router_aux_loss_coef:
-        raise ConfigError(f"learner.router_aux_loss_coef is {learner.router_aux_loss_coef:g}, {none}; leave it out")
-    if learner.router_replay != "off":
-        raise ConfigError(f"learner.router_replay is {learner.router_replay!r}, {none}; leave it out")
-
-
-def _check_reference(learner: LearnerConfig) -> None:
-    """Raise ConfigError where the reference policy would be a mixture of adapters, which is no adapter."""
-    if learner.sync_ref_model and learner.ref_model_mixup_alpha != 1.0:
-        raise ConfigError(
-            f"learner.ref_model_mixup_alpha is {learner.ref_model_mixup_alpha:g}, but a mixture of two adapters is no "
-            "adapter; give 1, or set learner.sync_ref_model = false"
-        )
-
-
 def _rewards(
     config: RunConfig,
     given: Sequence[Reward],
-    dataset: PromptDataset,
+    dataset: PromptDataset | None,
     acting: ActingWorld | None,
     calls: Calls | None,
 ) -> tuple[RewardManager, RunConfig]:
     functions = config.rewards.functions
+    if dataset is None:
+        if functions or given:
+            raise ConfigError(
+                'rewards.functions: task is "sft", so that nothing is scored but held-out rows, and there are none; '
+                "leave it out, or give data.eval_path or [[evaluation.sets]]"
+            )
+        return RewardManager([], config=config.rewards, needed=False), config
     if not functions and not given:
-        functions = (default_rewards(dataset, acting),)
+        functions = (default_rewards(dataset, acting, may_be_none=config.teacher.is_alone),)
         config = msgspec.structs.replace(config, rewards=msgspec.structs.replace(config.rewards, functions=functions))
     manager = make_rewards([*functions, *given], config.rewards, acting, [dataset], elsewhere=calls)
     manager.check_columns(dataset.columns)
@@ -276,10 +320,12 @@ def _best_by(
     return [] if told is None else [told]
 
 
-def _fit_completions(config: RunConfig, positions: int, *, longest_prompt: int) -> tuple[RunConfig, list[str]]:
+def _fit_completions(config: RunConfig, positions: int, longest_prompt: int) -> tuple[RunConfig, list[str]]:
+    """With completions no longer than there is room for, and what to tell of that. `longest_prompt` 0: none is
+    sampled."""
     asked = config.generation.max_completion_length
     room = positions - longest_prompt
-    if asked <= room:
+    if asked <= room or not longest_prompt:
         return config, []
     generation = msgspec.structs.replace(config.generation, max_completion_length=room)
     notice = (

@@ -1,11 +1,13 @@
 """The maker of what learns: the trainer, and its other ranks where several processes learn together."""
 
 from functools import partial
+from typing import Any
 
 from troupe.actors.generator.hosted import GeneratorHost
 from troupe.actors.learner.rank_wire import RankSetup
 from troupe.actors.learner.ranks import RankProcesses
 from troupe.actors.learner.train import BatchTrainer
+from troupe.grpo.supervised import Supervision
 from troupe.policy import is_on_cpu
 from troupe.run.generators import base_source
 from troupe.run.ledgers import Factories, Ledgers
@@ -30,6 +32,8 @@ def make_trainer(prepared: Prepared, factories: Factories, ledgers: Ledgers, rep
         seed=config.seed,
         gamma=config.environment.gamma,
     )
+    trainer.teacher = config.teacher if config.teacher.is_on else None
+    trainer.supervision = supervision_of(prepared)
     if config.metrics.store_token_figures and "sqlite" in config.metrics.sinks:
         trainer.watch()
     if prepared.ranks > 1:
@@ -49,6 +53,20 @@ def make_trainer(prepared: Prepared, factories: Factories, ledgers: Ledgers, rep
     return trainer
 
 
+def supervision_of(prepared: Prepared) -> Supervision | None:
+    """How the supervised steps are learned, where there are any."""
+    config, supervised = prepared.config, prepared.inputs.supervised
+    if supervised is None:
+        return None
+    if config.task == "sft":
+        learner = config.learner
+        rates: dict[str, Any] = {"lr_scheduler": learner.lr_scheduler, "warmup_steps": learner.warmup_steps}
+    else:
+        warm = config.warm_start
+        rates = {"lr": warm.lr, "lr_scheduler": warm.lr_scheduler, "warmup_steps": warm.warmup_steps}
+    return Supervision(steps=supervised.steps, max_completion_length=supervised.longest_completion, **rates)
+
+
 def _rank_setup(prepared: Prepared, ledgers: Ledgers, *, on_cpu: bool) -> RankSetup:
     config, policy = prepared.config, prepared.start.policy
     return RankSetup(
@@ -63,6 +81,7 @@ def _rank_setup(prepared: Prepared, ledgers: Ledgers, *, on_cpu: bool) -> RankSe
         seed=config.seed,
         on_cpu=on_cpu,
         blas_threads=config.schedule.blas_threads,
+        supervision=supervision_of(prepared),
         max_staleness=ledgers.board.max_staleness,
         limit_gb=None if on_cpu else prepared.memory.limit_gb,
     )

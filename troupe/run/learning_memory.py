@@ -8,7 +8,7 @@ from troupe.grpo.loss import has_entropy_bonus
 from troupe.policy import MicroBatch, gradient_memory_bytes
 from troupe.policy.network.attention import attention_is_fused
 from troupe.run.config import RunConfig
-from troupe.run.workload import Workload
+from troupe.run.workload import SupervisedRowSizes, Workload
 
 BASE = "base"
 """Name of what an adapter completes, in a plan."""
@@ -40,8 +40,13 @@ def learning_bytes(config: RunConfig, work: Workload, micro_batches: int, *, rec
             adapter=work.adapter,
         )
         for micro_batch in _largest_micro_batches(config, work, micro_batches)
-        for adds_up in {is_cut, is_cut or work.longest_history is not None}
+        for adds_up in {is_cut, is_cut or has_histories(work)}
     )
+
+
+def has_histories(work: Workload) -> bool:
+    """Whether a completion may be several rows, so that there may be more micro-batches than were asked for."""
+    return work.longest_history is not None or bool(work.supervised and work.supervised.longest_history)
 
 
 def lanes_bytes(config: RunConfig, work: Workload) -> int:
@@ -59,16 +64,33 @@ def _largest_micro_batches(config: RunConfig, work: Workload, micro_batches: int
     as many as take the same places (`grpo.batch.micro_batches`)."""
     P, G = config.learner.batch_size, config.generation.num_generations
     micro_batches = in_lanes(micro_batches, config.learner.lanes)
+    given = _supervised_micro_batches(P, work.supervised, micro_batches) if work.supervised is not None else []
+    if config.task == "sft":
+        return given
     rows = math.ceil(P * G / micro_batches)
     is_whole_groups = rows % G == 0 and P * G % micro_batches == 0
     T = config.generation.max_completion_length
     prompts = rows // G if is_whole_groups else min(P, 1 + math.ceil((rows - 1) / G))
     first = MicroBatch(prompts=prompts, prompt_length=work.longest_prompt, rows=rows, completion_length=T)
     if work.longest_history is None:
-        return [first]
-    places = rows * T + prompts * work.longest_prompt
-    later = min(rows, max(1, places // (work.longest_history + T)))
-    return [first, MicroBatch(prompts=later, prompt_length=work.longest_history, rows=later, completion_length=T)]
+        return [first, *given]
+    return [first, _of_histories(first, work.longest_history), *given]
+
+
+def _of_histories(first: MicroBatch, longest: int) -> MicroBatch:
+    """As many rows with a history for their prompt as take the places of a first micro-batch."""
+    T = first.completion_length
+    later = min(first.rows, max(1, (first.rows * T + first.prompts * first.prompt_length) // (longest + T)))
+    return MicroBatch(prompts=later, prompt_length=longest, rows=later, completion_length=T)
+
+
+def _supervised_micro_batches(P: int, sizes: SupervisedRowSizes, micro_batches: int) -> list[MicroBatch]:
+    """What the P rows of a supervised step make, each with a prompt of its own."""
+    rows = math.ceil(P / micro_batches)
+    first = MicroBatch(
+        prompts=rows, prompt_length=sizes.longest_prompt, rows=rows, completion_length=sizes.longest_completion
+    )
+    return [first, *([_of_histories(first, sizes.longest_history)] if sizes.longest_history else [])]
 
 
 def with_other_ranks(

@@ -45,6 +45,7 @@ def sinks_of(prepared: Prepared) -> list[Sink]:
         program=VERSION,
         machine=describe_machine() if "sqlite" in prepared.config.metrics.sinks else "",
         past=stored_rewards(prepared.folder, first_step) if first_step else (),
+        evaluated=prepared.start.evaluated,
         config=config_table(prepared.config),
     )
     return make_sinks(prepared.config.metrics, run, {"trace": lambda: TraceWriter(prepared.folder / "trace.json")})
@@ -96,7 +97,10 @@ class Ledgers:
             thread=factories.sink_thread,
         )
         self.evaluations = EvaluationLedger(
-            [each.name for each in prepared.inputs.sets], prepared.start.evaluated, prepared.folder
+            [each.name for each in prepared.inputs.sets],
+            prepared.start.evaluated,
+            prepared.folder,
+            {name: conditions.now() for name, conditions in prepared.inputs.conditions.items()},
         )
         self.writer = _make_writer(prepared, factories, self, check_folder)
         self.files: WeightsFiles | None = None
@@ -105,7 +109,8 @@ class Ledgers:
             self.files = WeightsFiles(prepared.folder, at_once=schedule.max_staleness + 2)
         self.hosts: list[Start] = []
         """Who starts the generator's first processes beside the learner's ranks."""
-        self.devices = {name: factories.device(name) for name in ("generator", "learner", "checkpointer")}
+        working = ("generator", "learner", "checkpointer", *["teacher"] * config.teacher.is_on)
+        self.devices = {name: factories.device(name) for name in working}
         """By actor. Close them when all actors have ended, not before: on CUDA a thread that ends spoils what another
         computes."""
 
@@ -124,7 +129,7 @@ def _make_writer(
         if not metric.startswith(OF_EVALUATION):
             return Judged()
         pending = evaluations.pending.keys()  # first: what is done with meanwhile has its value then
-        return Judged(evaluations.values(metric), pending)
+        return Judged(evaluations.values(metric, or_before=True), pending)
 
     def run_state(snapshot: Snapshot) -> RunState:
         standing = rewards.standing(snapshot.version)
@@ -147,7 +152,7 @@ def _make_writer(
         policy.config,
         policy.companions,
         run_state=run_state,
-        made=lambda: Made(config=table, machine=machine, lacking=ledgers.sinks.lacking()),
+        made=lambda: Made(config=table, machine=machine, lacking=ledgers.sinks.lacking(), teacher=identity.teacher),
         adapter_files=lambda weights: files_of(network, weights),
         check_folder=check_folder,
         ledger=_checkpoints_so_far(prepared),

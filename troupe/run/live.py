@@ -16,6 +16,7 @@ from troupe.errors import FolderGoneError, InputError, RewardError, RunError
 from troupe.messages import Activity, Incident, Phase, Status, Update
 from troupe.messages.evaluations import HELD_OUT
 from troupe.rewards import RewardManager
+from troupe.rewards.estimates import reward_figure
 from troupe.run.beside import RequestHandler, Requests, StallWatch, groups_of, watch_folder
 from troupe.run.cluster import Hub
 from troupe.run.folder import RunFolder
@@ -303,7 +304,7 @@ class LiveRun:
 
     def _of_rewards(self, figures: Mapping[str, float]) -> dict[str, float]:
         names = self._prepared.inputs.rewards.names
-        found = {name: figures.get(f"reward/{name}", figures.get(name)) for name in names}
+        found = {name: figures.get(reward_figure(name)) for name in names}
         return {name: mean for name, mean in found.items() if mean is not None}
 
 

@@ -22,13 +22,20 @@ from troupe.grpo.lanes import in_lanes
 from troupe.policy import (
     Sampler,
     decode_memory_bytes,
-    fused_copy_bytes,
     turn_memory_bytes,
 )
-from troupe.policy.decode.memory import decoding_adapter_bytes, device_ways
+from troupe.policy.decode.memory import device_ways
 from troupe.policy.network.tensors import network_bytes
 from troupe.run.config import RunConfig
-from troupe.run.learning_memory import BASE, gathered_bytes, lanes_bytes, learning_bytes, with_other_ranks
+from troupe.run.learning_memory import (
+    BASE,
+    gathered_bytes,
+    has_histories,
+    lanes_bytes,
+    learning_bytes,
+    with_other_ranks,
+)
+from troupe.run.teaching_memory import teacher_bytes, teaching_bytes
 from troupe.run.workload import Workload
 from troupe.runtime.memory import GB, RESERVE, device_limit_gb
 
@@ -199,7 +206,7 @@ def _phases(config: RunConfig, work: Workload, choice: _Choice) -> dict[str, dic
     }
     if work.adapter is not None:
         held = {BASE: network_bytes(work.policy, work.dtype), **held}
-    if learner.beta:
+    if learner.beta and config.task == "grpo":
         held["reference policy"] = weights
     evaluates = bool(config.evaluation.sets or config.data.eval_path)
     if evaluates and (config.evaluation.every or config.evaluation.at_start):
@@ -209,20 +216,23 @@ def _phases(config: RunConfig, work: Workload, choice: _Choice) -> dict[str, dic
     if choice.overlap:
         written = weights if is_free else held["policy versions"]
         held["checkpoint being written"] = written + held["optimizer state"]
+    held |= {"teacher": sum(map(teacher_bytes, work.teachers))} if work.teachers else {}
     processes = _processes(config, work)
     if processes:
         held[_VERSIONS_THERE] = processes * (held.get(BASE, 0) + held["policy versions"])
         held[_ON_THE_WAY] = held["policy versions"]
     layouts = 2 if is_free and staleness else 1  # amid a completion, the token under way still has the one before
-    decoders = 0 if config.schedule.engines_alone else max(processes, 1)
+    is_idle = config.task == "sft" and not work.evaluates
+    decoders = 0 if config.schedule.engines_alone or is_idle else max(processes, 1)
     generating = {
-        _LAID_OUT: decoders * layouts * _laid_out_bytes(work),
+        _LAID_OUT: decoders * layouts * work.laid_out_bytes,
         "decode": decoders * _decode_bytes(config, work, choice.prompts),
     }
+    generating |= teaching_bytes(config, work)
     if evaluates and processes:  # its rows are decoded beside them
-        generating["evaluation"] = _laid_out_bytes(work) + _decode_bytes(config, work, choice.prompts)
+        generating["evaluation"] = work.laid_out_bytes + _decode_bytes(config, work, choice.prompts)
     held_while_learning = held | (generating if staleness or processes else {})
-    adds_up = choice.micro_batches > 1 or learner.lanes > 1 or work.longest_history is not None
+    adds_up = choice.micro_batches > 1 or learner.lanes > 1 or has_histories(work)
     learning = learning_bytes(config, work, choice.micro_batches, recompute=choice.checkpointing)
     gradients = 4 * numbers if adds_up else weights
     learn = {"gradients": gradients, "forward and backward": choice.streams * (learning - gradients)}
@@ -239,17 +249,11 @@ def _phases(config: RunConfig, work: Workload, choice: _Choice) -> dict[str, dic
     return with_other_ranks(phases | {"update": held_while_learning | update}, held, learn, work)
 
 
-def _laid_out_bytes(work: Workload) -> int:
-    """What of a version is laid out for decoding: the base is so already, once for all versions."""
-    if work.adapter is None:
-        return fused_copy_bytes(work.policy, work.dtype)
-    return decoding_adapter_bytes(work.policy, work.adapter, work.dtype)
-
-
 def _decode_bytes(config: RunConfig, work: Workload, prompts: int) -> int:
     """What decoding this many of the longest prompts takes; no more than the config allows a decode. Of rows that act
     all rounds count that are under way."""
     generation, policy = config.generation, work.policy
+    samples = generation.num_generations if config.task == "grpo" else max(1, work.evaluates)
     ways = device_ways(policy, work.dtype, on_cpu=work.on_cpu)
     is_filtering = Sampler(generation).is_filtering
     if work.sessions:
@@ -267,7 +271,7 @@ def _decode_bytes(config: RunConfig, work: Workload, prompts: int) -> int:
         needed = decode_memory_bytes(
             policy,
             [work.longest_prompt] * prompts,
-            generation.num_generations,
+            samples,
             generation.max_completion_length,
             work.dtype,
             is_filtering=is_filtering,

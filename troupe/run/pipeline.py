@@ -14,10 +14,12 @@ from troupe.actors.conversations import Conversations
 from troupe.actors.environment import Environment
 from troupe.actors.learner.actor import Learner, LearnerOutputs
 from troupe.actors.learner.gathering import gathering_for
-from troupe.actors.learner.train import LearnerState, Snapshots
+from troupe.actors.learner.snapshots import Snapshots
+from troupe.actors.learner.train import LearnerState
 from troupe.actors.metrics import Metrics
 from troupe.actors.prompter import Prompter
 from troupe.actors.scorer import Scorer
+from troupe.actors.teacher.actor import Teacher
 from troupe.messages import Incident, MemberStatus, Settle
 from troupe.policy import Weights
 from troupe.records.standing import Change
@@ -83,12 +85,15 @@ def build_pipeline(
         factories.mailbox,
         episodes=prepared.config.generation.num_generations if ledgers.conversations is not None else 0,
         evaluates=bool(prepared.inputs.sets),
+        teaches=prepared.config.teacher.is_on,
+        supervised=prepared.inputs.supervised is not None,
     )
     learner = _make_learner(prepared, wiring, ledgers, factories, check_folder)
     roles = (
         Role(_prompter(prepared, wiring, ledgers)),
         Role(make_generator(prepared, wiring, ledgers, factories, hub)),
         *([] if ledgers.conversations is None else [Role(_environment(wiring, ledgers, ledgers.conversations))]),
+        *([] if wiring.teaching is None else [Role(_teacher(prepared, wiring, ledgers))]),
         Role(_scorer(prepared, wiring, ledgers)),
         Role(lambda: learner, restartable=False),
         *([] if (evaluator := make_evaluator(prepared, wiring, ledgers, factories)) is None else [Role(evaluator)]),
@@ -114,6 +119,7 @@ def _prompter(prepared: Prepared, wiring: Wiring, ledgers: Ledgers) -> Callable[
         Prompter,
         wiring.prompter,
         wiring.prompts,
+        wiring.given,
         schedule=prepared.inputs.schedule,
         credits=ledgers.credits,
         ledger=ledgers.prompts,
@@ -129,13 +135,27 @@ def _environment(wiring: Wiring, ledgers: Ledgers, conversations: Conversations)
     return partial(
         Environment,
         wiring.acting.environment,
-        wiring.rollouts,
+        wiring.completed,
         wiring.acting.observations,
         wiring.acting.answered,
         conversations=conversations,
         alive=ledgers.prompts.alive.keys,
         hold=wiring.acting.hold,
         report=wiring.reporters["environment"],
+    )
+
+
+def _teacher(prepared: Prepared, wiring: Wiring, ledgers: Ledgers) -> Callable[[], Actor]:
+    assert wiring.teaching is not None
+    assert prepared.inputs.teachers is not None
+    return partial(
+        Teacher,
+        wiring.teaching.teacher,
+        wiring.rollouts,
+        device=ledgers.devices["teacher"],
+        teach=prepared.inputs.teachers.forward(prepared.config.generation.temperature).taught,
+        recorded=ledgers.recorded,
+        report=wiring.reporters["teacher"],
     )
 
 
@@ -188,17 +208,18 @@ def _make_learner(
             min_scored=config.rewards.min_scored,
             resampling=config.learner.max_resampling_attempts,
             unfinished=prepared.start.restored.collected,
+            supervised=prepared.inputs.supervised_steps,
         ),
         snapshots=Snapshots(
             every=prepared.live.checkpoint_every,
             beside_learning=config.checkpoint.overlap is not False,
-            with_reference=config.learner.sync_ref_model,
+            with_reference=config.learner.sync_ref_model or prepared.inputs.supervised is not None,
             open_groups=ledgers.open_groups,
             recorded=ledgers.recorded,
             next_prompt=lambda: prompts.next,
             curriculum=prepared.inputs.schedule.curriculum,
         ),
-        prompts_per_epoch=prepared.inputs.schedule.rows,
+        epoch=prepared.inputs.schedule.epoch,
         keep_rate=keep_rate,
         report=wiring.reporters["learner"],
     )
@@ -248,6 +269,7 @@ def _metrics(wiring: Wiring, ledgers: Ledgers, members: Callable[[], Iterable[Me
         watched=(
             wiring.generator,
             *([] if wiring.acting is None else [wiring.acting.environment]),
+            *([] if wiring.teaching is None else [wiring.teaching.teacher]),
             wiring.scorer,
             wiring.learner,
             *([] if wiring.evaluating is None else [wiring.evaluating.evaluator]),

@@ -14,7 +14,7 @@ from troupe.run.devices import Cards
 from troupe.run.inputs import Inputs
 from troupe.run.measure.figures import Place
 from troupe.run.memory import Plan, plan_memory
-from troupe.run.workload import Workload
+from troupe.run.workload import SupervisedRowSizes, Workload
 from troupe.runtime import linux_cpu
 
 
@@ -37,14 +37,14 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
 
 def place_run(inputs: Inputs, machine: Machine) -> Plan:
     """The config with every choice in it, and the memory that the run takes so. ConfigError where it cannot fit."""
-    config, policy = inputs.config, inputs.policy
-    worthwhile = _worthwhile(config, policy.config, inputs.longest_prompt, machine)
+    config, policy = _unsampled(inputs.config), inputs.policy
+    worthwhile = _worthwhile(config, policy.config, inputs, machine)
     held = policy.base.weights or policy.weights
     is_light = sum(array.nbytes for array in held.values()) <= machine.light
     config = _placed(config, machine, worthwhile if is_light else 1)
     config, streams = _streamed(config, machine, worthwhile, _given_parts(inputs.config.schedule))
     if machine.on_cpu:
-        linux_cpu.take_buffers(streams + (config.schedule.blas_threads or 1))
+        linux_cpu.take_buffers(streams + (config.schedule.blas_threads or 1) + config.teacher.is_on)
     work = Workload(
         policy=policy.config,
         dtype=DTYPES[policy.dtype],
@@ -52,8 +52,11 @@ def place_run(inputs: Inputs, machine: Machine) -> Plan:
         longest_prompt=inputs.longest_prompt,
         on_cpu=machine.on_cpu,
         streams=streams,
+        supervised=_of_supervised(inputs),
+        evaluates=max((each.settings.generation(config.generation).num_generations for each in inputs.sets), default=0),
         ranks=ranks_of(config, machine),
         beside=_beside(config, machine),
+        teachers=() if inputs.teachers is None else inputs.teachers.works,
         **_of_episodes(config, inputs),
     )
     return _told(plan_memory(config, work), inputs.config, machine)
@@ -132,10 +135,28 @@ def _of_episodes(config: RunConfig, inputs: Inputs) -> dict[str, int]:
     return sessions | ({"longest_history": longest} if acting_setup.begins_rows else {})
 
 
-def _worthwhile(config: RunConfig, policy: NetworkConfig, longest_prompt: int, machine: Machine) -> int:
+def _unsampled(config: RunConfig) -> RunConfig:
+    """Where nothing is sampled the generator is a thread that rests."""
+    schedule = config.schedule
+    if config.task == "grpo" or schedule.generator != "auto" or schedule.engines:
+        return config
+    return msgspec.structs.replace(config, schedule=msgspec.structs.replace(schedule, generator="thread"))
+
+
+def _of_supervised(inputs: Inputs) -> SupervisedRowSizes | None:
+    rows = inputs.supervised
+    if rows is None:
+        return None
+    return SupervisedRowSizes(rows.longest_prompt, rows.longest_completion, rows.longest_history)
+
+
+def _worthwhile(config: RunConfig, policy: NetworkConfig, inputs: Inputs, machine: Machine) -> int:
     """How many parts of a step may be worth a processor of their own."""
     rows = config.learner.batch_size * config.generation.num_generations
-    tokens = config.learner.batch_size * longest_prompt + rows * config.generation.max_completion_length
+    longest_prompt, longest = inputs.longest_prompt, config.generation.max_completion_length
+    if config.task == "sft" and inputs.supervised is not None:
+        longest_prompt, longest = inputs.supervised.longest_prompt, inputs.supervised.longest_completion
+    tokens = config.learner.batch_size * longest_prompt + rows * longest
     return max(1, tokens * policy.hidden_size // machine.worthwhile)
 
 

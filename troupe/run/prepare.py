@@ -12,14 +12,12 @@ from pathlib import Path
 import mlx.core as mx
 import msgspec
 
-from troupe.actors.evaluator.ledger import EvaluationLedger
 from troupe.actors.schedule import count_steps
 from troupe.checkpoint import Checkpoint
 from troupe.errors import ConfigError
 from troupe.grpo import adamw_init
 from troupe.messages import CurriculumState, Evaluated, Unfinished
 from troupe.policy import DTYPES, Policy, Weights, is_on_cpu
-from troupe.records.evaluations import read_evaluations
 from troupe.records.layout import STORE
 from troupe.records.lost_steps import lost_steps
 from troupe.records.sinks.base import check_sinks
@@ -38,6 +36,7 @@ from troupe.run.memory import Plan
 from troupe.run.placement import Machine, hosts_of, place_run, ranks_of
 from troupe.run.resume.changes import ChangesLog, Live
 from troupe.run.resume.check import Resumption
+from troupe.run.resume.evaluated import evaluated_before, lacks_first, told_of_changes
 from troupe.run.resume.newest import (
     Identity,
     Restored,
@@ -84,7 +83,7 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
 
     def without_arrays(self) -> Prepared:
         """What is to be known once a run goes on by itself, which keeps the arrays that it needs."""
-        return msgspec.structs.replace(self, start=self.start.without_arrays())
+        return msgspec.structs.replace(self, start=self.start.without_arrays(), inputs=self.inputs.without_teachers())
 
     @property
     def live(self) -> Live:
@@ -247,7 +246,7 @@ def start_run(folder: Path, config: RunConfig, inputs: Inputs, resumption: Resum
     """Find the newest checkpoint where the run is resumed. CheckpointError, ConfigError or RewardError where it cannot
     go on so."""
     policy, rewards = inputs.policy, inputs.rewards
-    identity = Identity(dataset=inputs.dataset.fingerprint, model=inputs.fingerprint, rewards=rewards.names)
+    identity = inputs.identity
     checkpoint: Checkpoint | None = None
     notices: list[str] = []
     lost: list[str] = []
@@ -257,7 +256,7 @@ def start_run(folder: Path, config: RunConfig, inputs: Inputs, resumption: Resum
         policy = as_begun(policy, checkpoint)
     if resumption is not None:
         stored = resumption.stored.learner
-        before = count_steps(
+        before = inputs.warm_steps + count_steps(
             len(inputs.dataset),
             batch_size=config.learner.batch_size,
             epochs=stored.epochs,
@@ -267,7 +266,9 @@ def start_run(folder: Path, config: RunConfig, inputs: Inputs, resumption: Resum
     if checkpoint is not None:
         lost = lost_steps(folder, checkpoint.state.version, checkpoint.made.lacking, config.metrics.sinks)
     changes, new_changes, told = _changes(folder, config, resumption, checkpoint, rewards)
-    evaluated = () if checkpoint is None else _evaluated(folder, checkpoint.state.version)
+    evaluated = () if checkpoint is None else evaluated_before(folder, checkpoint.state.version)
+    told += told_of_changes(evaluated, inputs.conditions)
+    lacks_untrained = checkpoint is not None and lacks_first(config.evaluation, list(inputs.conditions), evaluated)
     optimizer_state = adamw_init(policy.weights) if checkpoint is None else checkpoint.optimizer_state
     mx.eval(list(optimizer_state.values()))
     curriculum = inputs.schedule.curriculum
@@ -277,8 +278,8 @@ def start_run(folder: Path, config: RunConfig, inputs: Inputs, resumption: Resum
         identity=identity,
         policy=policy if checkpoint is None else policy.having(checkpoint.weights),
         evaluated=evaluated,
-        untrained=policy.weights if checkpoint is not None and _lacks_first(config, inputs, evaluated) else None,
-        reference=_reference(config, policy, checkpoint),
+        untrained=policy.weights if lacks_untrained else None,
+        reference=_reference(config, inputs, policy, checkpoint),
         optimizer_state=optimizer_state,
         checkpoint=checkpoint,
         restored=_restored(checkpoint, config, inputs),
@@ -287,17 +288,6 @@ def start_run(folder: Path, config: RunConfig, inputs: Inputs, resumption: Resum
         lost=tuple(lost),
         notices=(*notices, *told, *lost),
     )
-
-
-def _evaluated(folder: Path, last: int) -> tuple[Evaluated, ...]:
-    """What is known of versions up to the one that the run goes on from; later ones are made again with their steps."""
-    return tuple(each for each in read_evaluations(folder) if each.version <= last)
-
-
-def _lacks_first(config: RunConfig, inputs: Inputs, evaluated: Sequence[Evaluated]) -> bool:
-    """Whether the untrained policy is still to be evaluated on some set."""
-    ledger = EvaluationLedger([each.name for each in inputs.sets], evaluated)
-    return config.evaluation.is_due(0) and bool(ledger.lacks(0))
 
 
 def _changes(
@@ -340,10 +330,11 @@ def _restored(checkpoint: Checkpoint | None, config: RunConfig, inputs: Inputs) 
     )
 
 
-def _reference(config: RunConfig, policy: Policy, checkpoint: Checkpoint | None) -> Weights | None:
+def _reference(config: RunConfig, inputs: Inputs, policy: Policy, checkpoint: Checkpoint | None) -> Weights | None:
     """The model that the run begins with; the checkpoint's where the reference follows the policy."""
-    if not config.learner.beta:
+    if not config.learner.beta or config.task == "sft":
         return None
-    if config.learner.sync_ref_model and checkpoint is not None and checkpoint.reference is not None:
+    warmed = inputs.supervised is not None
+    if (config.learner.sync_ref_model or warmed) and checkpoint is not None and checkpoint.reference is not None:
         return checkpoint.reference
     return policy.weights

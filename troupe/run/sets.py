@@ -50,13 +50,16 @@ def finished_sets(
     sets: Sequence[RowsOfSet],
     config: RunConfig,
     *,
-    trained_on: PromptDataset,
+    trained_on: PromptDataset | None,
     rewards: RewardManager,
     acting: ActingWorld | None,
     tokenize: Callable[[PromptDataset], Sequence[tuple[int, ...]]],
 ) -> tuple[EvalSet, ...]:
-    """With their prompts in ids and their rewards. RewardError and DatasetError for what cannot be used."""
+    """With their prompts in ids and their rewards. `trained_on`: what the run's own rewards score; None: nothing.
+    RewardError and DatasetError for what cannot be used."""
     finished = []
+    if acting is not None:
+        acting.manager.name_sets([settings.name for settings, _ in sets])
     for settings, rows in sets:
         own = None
         if settings.rewards:
@@ -64,6 +67,8 @@ def finished_sets(
             environments = None if acting is None else acting.environments
             own = RewardManager(settings.rewards, None, of_set, environments=environments)
             own.check_columns(rows.columns)
+        elif trained_on is None:
+            rewards.check_columns(rows.columns)
         elif missing := trained_on.columns - rows.columns:
             raise DatasetError(
                 f"{rows.source}: the held-out rows lack the column {', '.join(sorted(missing))} of the training rows"

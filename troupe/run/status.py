@@ -31,8 +31,10 @@ _AT_LEARNER = "learner"
 _ENVIRONMENT = "environment"
 _TOLD_AFTER_S, _LONG_S = 2.0, 10.0
 """A wait for an environment is told of, and something may be wrong with it."""
+_BESIDE = ("checkpointer", "teacher")
+"""Told of only while who is before them does nothing."""
 _MOST_NAMED, _LONGEST_NAME = 3, 60
-DEVICE_ACTORS = frozenset({"generator", "learner", "checkpointer", "evaluator"})
+DEVICE_ACTORS = frozenset({"generator", "learner", "checkpointer", "evaluator", "teacher"})
 """Actors whose work is long by nature, and cannot be told from a hang but by its name."""
 
 
@@ -179,7 +181,7 @@ def of_actors(actors: Iterable[Actor], now_s: float, most_tokens: int) -> Activi
             continue
         spans = [span for span in actor.report.doing if span.kind == "work"]
         told = actor.activity or _of(actor.name, spans)
-        if told is None or (actor.name == "checkpointer" and parts):
+        if told is None or (actor.name in _BESIDE and parts):
             continue
         parts.append(told)
         begun_s.append(min((span.start_s for span in spans), default=now_s))
@@ -240,6 +242,8 @@ def _of(actor: str, spans: Sequence[Span]) -> str | None:
                 return f"generating{step}"
             case "generator", "start process":
                 return "starting the generator"
+            case "teacher", "teach":
+                return f"asking the teacher{step and f' about{step}'}"
             case "scorer", name if name.startswith("score "):
                 return f"scoring{step}"
             case "learner", "learn":

@@ -11,10 +11,18 @@ Where the policy acts in an environment or has tools, groups go to the Scorer by
         ▲                                    │      └──Answered──▶ Metrics
         └──────────── Observation ───────────┘
 
+Where there is a teacher, they go to the Scorer by way of the Teacher, after the Environment where there is one:
+
+    Generator or Environment ──RolloutGroup──▶ Teacher ──RolloutGroup──▶ Scorer
+
 Where rows are evaluated while training goes on, the learner asks for that, and who evaluates decodes on the generator's
 device:
 
     Learner ──Evaluate──▶ Evaluator ──Evaluated──▶ Metrics
+
+The groups of supervised steps are there without being sampled or scored:
+
+    Prompter ──ScoredGroup──▶ Learner
 
 Every actor also reports Incident and Span to Metrics, and the Checkpointer CheckpointWritten. Scorer and Environment
 may hold the Prompter up (Hold). From outside come Pause, Resume, Step and Drain to the Prompter, Checkpoint and
@@ -73,10 +81,12 @@ class Wiring:
         *,
         episodes: int = 0,
         evaluates: bool = False,
+        supervised: bool = False,
+        teaches: bool = False,
     ) -> None:
         """`live`: most groups that may be alive: so long, no send on the way of a group can ever wait in a circle.
         `episodes`: that a group has, where the policy acts; 0: it answers once. `evaluates`: whether there are rows to
-        be evaluated."""
+        be evaluated. `supervised`: whether steps have groups that are given. `teaches`: whether there is a teacher."""
         self.prompter, self.generator, self.scorer = mailbox("prompter"), mailbox("generator"), mailbox("scorer")
         self.learner, self.checkpointer, self.metrics = mailbox("learner"), mailbox("checkpointer"), mailbox("metrics")
         prompter, learner, metrics = self.prompter, self.learner, self.metrics
@@ -85,6 +95,7 @@ class Wiring:
         self.rollouts = self.scorer.channel("rollouts", RolloutGroup, bound=live)
         """From whoever is before the Scorer."""
         self.scored = learner.channel("scored", ScoredGroup, bound=live)
+        self.given = learner.channel("given", ScoredGroup, bound=live) if supervised else None
         self.closed: Channel[GroupClosed | Replace] = prompter.channel("closed", GroupClosed, Replace, bound=live)
         self.closed_groups = metrics.channel("closed groups", GroupClosed, bound=live)
         self.updates = metrics.channel("updates", Update, bound=_UPDATES)
@@ -104,9 +115,13 @@ class Wiring:
 
         self.acting = Acting(self, mailbox("environment"), live, episodes) if episodes else None
         """None where nobody acts."""
+        self.teaching = Teaching(mailbox("teacher"), live) if teaches else None
+        """None where there is no teacher."""
+        self.completed = self.rollouts if self.teaching is None else self.teaching.untaught
+        """Where groups go when all their samples have ended."""
         self.evaluating = Evaluating(self, mailbox("evaluator")) if evaluates else None
         """None where nothing is evaluated."""
-        reporting = (*_REPORTING, *["environment"] * bool(episodes), *["evaluator"] * evaluates)
+        reporting = (*_REPORTING, *["environment"] * bool(episodes), *["evaluator"] * evaluates, *["teacher"] * teaches)
         self.reporters = {actor: _reporter(actor, metrics) for actor in reporting}
         """Of each actor but Metrics."""
         self.metrics_report = _side_reporter("metrics", "metrics incidents", metrics)
@@ -128,6 +143,14 @@ class Acting:
         self.observations = wiring.generator.channel("observations", Observation, bound=live * episodes, side=True)
         self.answered = wiring.metrics.channel("answered", Answered, bound=_SPANS)
         self.hold = wiring.prompter.channel("hold of environments", Hold, bound=1, overflow="newest", side=True)
+
+
+class Teaching:
+    """The mailbox of the Teacher, and the channel to it."""
+
+    def __init__(self, teacher: Mailbox, live: int) -> None:
+        self.teacher = teacher
+        self.untaught = teacher.channel("untaught", RolloutGroup, bound=live)
 
 
 class Evaluating:

@@ -5,8 +5,29 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from troupe.policy import Adapter, NetworkConfig, parameter_count
+from troupe.policy import Adapter, NetworkConfig, fused_copy_bytes, parameter_count
 from troupe.policy.adapter.modules import adapter_parameter_count, adapter_shapes
+from troupe.policy.decode.memory import decoding_adapter_bytes
+
+
+class TeacherWork(NamedTuple):
+    """What the memory of a teacher follows from."""
+
+    network: NetworkConfig
+    dtype: mx.Dtype
+    adapter: Adapter | None
+    """Beside the network."""
+    shares_base: bool
+    """Whether the network is the base of the policy's own adapter."""
+
+
+class SupervisedRowSizes(NamedTuple):
+    """Of the rows that are learned without being sampled, in tokens."""
+
+    longest_prompt: int
+    longest_completion: int
+    longest_history: int
+    """Of the prompts that rows begin with amid a completion; 0: there are none."""
 
 
 class Workload(NamedTuple):
@@ -31,6 +52,11 @@ class Workload(NamedTuple):
     beside: int | None = None
     """Processes of the generator that share the memory of rank 0, where others do not; the plan is that of its card,
     which has the most."""
+    teachers: tuple[TeacherWork, ...] = ()
+    supervised: SupervisedRowSizes | None = None
+    """None: all is sampled."""
+    evaluates: int = 0
+    """Samples of a row that are evaluated, at the most; 0: nothing is."""
     streams: int = 1
     """Micro-batches that may well be differentiated at a time, where the config does not say how many."""
 
@@ -48,3 +74,10 @@ class Workload(NamedTuple):
             return max(map(math.prod, adapter_shapes(self.policy, self.adapter).values()))
         ends = self.policy.vocab_size * self.policy.hidden_size * (1 if self.policy.tie_word_embeddings else 2)
         return max(ends, self.policy.num_experts * self.policy.moe_intermediate_size * self.policy.hidden_size)
+
+    @property
+    def laid_out_bytes(self) -> int:
+        """What of a version is laid out for decoding: the base is so already, once for all versions."""
+        if self.adapter is None:
+            return fused_copy_bytes(self.policy, self.dtype)
+        return decoding_adapter_bytes(self.policy, self.adapter, self.dtype)

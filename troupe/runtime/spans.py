@@ -14,11 +14,13 @@ from troupe.messages import Span
 
 Interval: TypeAlias = tuple[float, float]
 
-ON_DEVICE = ("generator", "learner")
+ON_DEVICE = ("generator", "learner", "teacher")
 """Actors whose work is the device's."""
 BEHIND_DEVICE = {"reward": "scorer", "logging": "metrics", "checkpoint": "checkpointer", "environment": "environment"}
 """Work that should hide behind the device's → the actor that does it."""
 _NOT_IN_EVERY_RUN = "environment"
+_EVALUATOR, _DECODES = "evaluator", "generate"
+"""Who answers rows that are not trained on, and its spans that are the device's work."""
 
 
 def union(intervals: Iterable[Interval]) -> list[Interval]:
@@ -115,7 +117,8 @@ class StepTimes:
         `time/ACTOR/busy` and `/idle`: share of the time in which it worked, and in which it only waited; what is left
         of 1 is its own machinery. `time/device_s`: seconds of device work. `time/reward/hidden_s` and `/exposed_s`:
         seconds in which rewards were computed under device work, and without any; likewise `logging`,
-        `checkpoint` and, where the policy acts, `environment`.
+        `checkpoint` and, where the policy acts, `environment`. In runs that evaluate, `time/evaluation/hidden_s` and
+        `/exposed_s`: seconds in which rows of sets were decoded under the device work of training, and without any.
         """
         start_s, self._start_s = self._start_s, now_s
         by_actor: defaultdict[str, list[Span]] = defaultdict(list)
@@ -132,6 +135,12 @@ class StepTimes:
             figures[f"time/{actor}/busy"] = length(its.work) / window_s
             figures[f"time/{actor}/idle"] = length(its.wait) / window_s
         device = union(interval for actor in ON_DEVICE if actor in times for interval in times[actor].work)
+        if _EVALUATOR in times:
+            decoding = [span for span in by_actor[_EVALUATOR] if span.name == _DECODES]
+            evaluating = Times(decoding, start_s, now_s).work
+            figures["time/evaluation/hidden_s"] = length(intersection(evaluating, device))
+            figures["time/evaluation/exposed_s"] = length(difference(evaluating, device))
+            device = union([*device, *evaluating])
         figures["time/device_s"] = length(device)
         for name, actor in BEHIND_DEVICE.items():
             if actor == _NOT_IN_EVERY_RUN and actor not in times:

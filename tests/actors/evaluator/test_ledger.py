@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from troupe.actors.evaluator.ledger import EarlyStop, EvaluationLedger
@@ -64,3 +65,19 @@ def test_results_outlive_the_process(tmp_path: Path) -> None:
     assert (again.lacks(3), dict(ledger.pending), again.values("eval/b/avg@1")) == (["new"], {}, {3: 0.5})
     (tmp_path / EVALUATIONS).write_bytes(b'{"version": 3, "na')
     assert read_evaluations(tmp_path) == ()
+
+
+def test_results_of_other_conditions_do_not_count(tmp_path: Path) -> None:
+    def of(version: int, value: float, rows: str) -> Evaluated:
+        return msgspec.structs.replace(result(version, value=value), conditions={"rows": rows})
+
+    before = (result(0, value=0.1), of(10, 0.9, "400"))
+    same = EvaluationLedger(["a"], before, tmp_path, {"a": {"rows": "400"}})
+    assert same.values("eval/a/avg@1") == {0: 0.1, 10: 0.9}
+    ledger = EvaluationLedger(["a"], before[1:], tmp_path, {"a": {"rows": "200"}})
+    assert ledger.values("eval/a/avg@1") == {}
+    assert ledger.values("eval/a/avg@1", or_before=True) == {10: 0.9}
+    ledger.add(of(20, 0.3, "200"))
+    ledger.write()
+    assert ledger.values("eval/a/avg@1", or_before=True) == {20: 0.3}
+    assert read_evaluations(tmp_path) == (of(10, 0.9, "400"), of(20, 0.3, "200"))

@@ -18,7 +18,8 @@ from troupe.actors.learner.actor import Learner, LearnerOutputs
 from troupe.actors.learner.batch import CompletionLogProbs, assemble
 from troupe.actors.learner.gathering import StepGroups, gathering_for
 from troupe.actors.learner.measures import StepMeter
-from troupe.actors.learner.train import BatchTrainer, Learned, LearnerState, Snapshots
+from troupe.actors.learner.snapshots import Snapshots
+from troupe.actors.learner.train import BatchTrainer, Learned, LearnerState
 from troupe.actors.ledgers import OpenGroups
 from troupe.actors.schedule import OnStale, ScheduleConfig
 from troupe.errors import RunError
@@ -109,7 +110,7 @@ class Rig:
                 open_groups=self.open_groups,
                 recorded=recorded,
             ),
-            prompts_per_epoch=8,
+            epoch=lambda version: version / 4,
             meter=meter,
             report=self.reports.reporter("learner"),
         )

@@ -43,7 +43,7 @@ async def test_a_list_comes_in_pieces(tmp_path: Path) -> None:
         while piece["after"]:
             piece = await told(opened, "completions", choice="best", least=0.5, after=piece["after"])
             found += piece["rows"]
-        assert [(one["gid"], one["sample"]) for one in found] == expected
+        assert [(int(one["gid"]), one["sample"]) for one in found] == expected
         assert all(len(one["start"]) <= 250 for one in found)
 
 

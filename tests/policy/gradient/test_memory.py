@@ -20,7 +20,15 @@ from troupe.grpo import (
     train_on_batch,
     update_bytes,
 )
-from troupe.policy import MicroBatch, NetworkConfig, gradient_memory_bytes, parameter_count, random_policy
+from troupe.policy import (
+    MicroBatch,
+    NetworkConfig,
+    completion_statistics,
+    gradient_memory_bytes,
+    parameter_count,
+    random_policy,
+)
+from troupe.policy.gradient.memory import forward_memory_bytes
 from troupe.policy.network.head import BLOCK_NUMBERS, block_rows
 
 
@@ -195,6 +203,31 @@ SHAPES: list[tuple[dict[str, Any], tuple[int, int, int, int, int, bool, bool]]] 
     *((FAMILIES["gemma3"] | {"num_key_value_heads": 1}, (1, 200, 8, 200, 1, again, False)) for again in (False, True)),
     *((FAMILIES["qwen3_5"], (2, 100, 4, 200, 1, again, False)) for again in (False, True)),
 ]
+
+
+FORWARD = [SHAPES[i] for i in (0, 3, 4, 5, 6, 9, 11, 13, 21)]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("mlx_waits")
+@pytest.mark.skipif(mx.default_device() != mx.Device(mx.cpu), reason="the factors of a CPU")
+@pytest.mark.parametrize(("sizes", "run"), FORWARD)
+def test_a_forward_pass_over_a_group_peaks_below_the_formula_and_not_far_below(
+    sizes: dict[str, Any], run: tuple[int, int, int, int, int, bool, bool]
+) -> None:
+    config, (_, P, G, T, *_) = config_of(**sizes), run
+    dice = random.Random(0)
+    prompt, *completions = ([dice.randrange(config.vocab_size) for _ in range(n)] for n in (P, *[T] * G))
+    weights = random_policy(config).weights
+    mx.eval(weights)
+    gc.collect()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(completion_statistics(config, weights, [prompt] * G, completions).log_probs)
+    peak = mx.get_peak_memory() - before
+    piece = MicroBatch(prompts=1, prompt_length=P, rows=G, completion_length=T)
+    # 1.05–1.6: a block of logits more or less may still be there when the next one is made
+    assert peak <= forward_memory_bytes(config, mx.float32, piece) <= 1.7 * peak
 
 
 @pytest.mark.slow

@@ -58,7 +58,8 @@ def said(step: int, tokenizer: Tokenizer, texts: tuple[str, ...]) -> GroupClosed
         figures.append(TokenFigures(entropies=(2.0,) * T, ratios=(1.5,) + (1.0,) * (T - 1)))
     group = msgspec.structs.replace(told.scored.group, rollouts=tuple(rollouts))
     scored = msgspec.structs.replace(told.scored, group=group)
-    return msgspec.structs.replace(told, scored=scored, token_figures=tuple(figures))
+    gid = told.gid if step == 3 else 2**53 + 2 * step + 1  # no number of JavaScript's
+    return msgspec.structs.replace(told, gid=gid, scored=scored, token_figures=tuple(figures))
 
 
 def make_said(folder: Path) -> Path:

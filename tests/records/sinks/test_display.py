@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 from io import StringIO
 
+import msgspec
 import pytest
 from rich.cells import cell_len
 from rich.console import Console
@@ -12,7 +13,8 @@ from tests.records.sinks.steps import Clock, closed, status, update
 from troupe.messages import Activity, Evaluated, Finding, GroupClosed, Incident, Slot
 from troupe.records.figures import queue_depths
 from troupe.records.sinks.base import RunInfo
-from troupe.records.sinks.display import Display, clock_time, shown_metrics
+from troupe.records.sinks.display import Display
+from troupe.records.sinks.display_lines import clock_time, shown_metrics
 from troupe.records.sinks.drawing import bar, fitted
 
 RUN = RunInfo(name="kind-001", folder="runs/kind-001", total_steps=100, first_step=0)
@@ -192,8 +194,15 @@ def test_incidents_and_diagnosis_are_seen_in_every_window(width: int, height: in
 
 def test_the_one_set_of_rows_beside_the_prompts_needs_no_name() -> None:
     display = climbing()
-    display.add(status(evaluated=(evaluated(0, 0.25, "held_out"),)))
+    display.add(evaluated(0, 0.25, "held_out"))
     assert line(display, "held-out") == "held-out  avg@4 0.250 ± 0.020 at step 0"
+
+
+def test_after_a_resume_all_evaluations_before_it_count() -> None:
+    past = (evaluated(0, 0.25), evaluated(20, 0.75), evaluated(40, 0.5))
+    display = Display(msgspec.structs.replace(RUN, first_step=40, evaluated=past), clock=Clock())
+    told = "held-out  sums  avg@4 0.250 → 0.500 ± 0.020 at step 40, best 0.750 at step 20"
+    assert told in "\n".join(drawn(display, 120))
 
 
 def evaluated(version: int, value: float, name: str = "sums") -> Evaluated:

@@ -44,6 +44,29 @@ def test_an_evaluation_is_read_as_it_was_told_and_stands_once_over_resumes(tmp_p
     assert rows_of(path, 4, "held_out") == ()
 
 
+def test_rows_that_changed_under_a_name_stay_with_their_samples(tmp_path: Path) -> None:
+    path, before = tmp_path / "run.sqlite", msgspec.structs.replace(evaluated(0), conditions={"rows": "2 (sum a)"})
+    other = tuple(msgspec.structs.replace(row, prompt=f"other {row.row}") for row in before.rows)
+    after = msgspec.structs.replace(before, version=2, rows=other, conditions={"rows": "2 (sum b)"})
+    assert [one.conditions["rows"] for one in told(path, 0, before, update(1), update(2), after)] == [
+        "2 (sum a)",
+        "2 (sum b)",
+    ]
+    assert (rows_of(path, 0, "held_out"), rows_of(path, 2, "held_out")) == (before.rows, other)
+
+
+def test_a_store_of_before_conditions_were_kept_is_read_and_gone_on_with(tmp_path: Path) -> None:
+    path = tmp_path / "run.sqlite"
+    told(path, 0, evaluated(0), update(1))
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("DROP TABLE evaluation_conditions")
+        assert [one.conditions for one in stored_evaluations(connection)] == [{}]
+    assert rows_of(path, 0, "held_out") == evaluated(0).rows
+    now = msgspec.structs.replace(evaluated(1), conditions={"rows": "2 (sum a)"})
+    assert [one.conditions for one in told(path, 1, now)] == [{}, {"rows": "2 (sum a)"}]
+    assert rows_of(path, 0, "held_out") == evaluated(0).rows == rows_of(path, 1, "held_out")
+
+
 def test_a_store_of_an_older_version_has_none(tmp_path: Path) -> None:
     with closing(sqlite3.connect(":memory:")) as connection:
         assert stored_evaluations(connection) == []

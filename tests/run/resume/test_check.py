@@ -14,6 +14,7 @@ import msgspec
 import pytest
 
 from tests.support.fakes import same_bits, tiny_config, weigh_ids, write_prompts, write_ragged_model
+from tests.support.runs import write_jsonl
 from tests.support.straight import run_straight
 from tests.support.tiny import CONFIG, write_tiny_model
 from troupe import RunConfig, Supervisor, load_config
@@ -105,7 +106,10 @@ def test_open_values_are_those_that_preparing_fills_in(
     model = tmp_path / "dated"
     shutil.copytree(tiny_model, model)
     (model / "chat_template.jinja").write_text("{{ strftime_now('%d') }}")
-    asked = changed(tiny_config(model, tmp_path), schedule__generator=None, learner__lr=None)
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "1+1=", "completion": "2"}])
+    asked = changed(
+        tiny_config(model, tmp_path), schedule__generator=None, learner__lr=None, warm_start__path=str(rows)
+    )
     resolved = prepare(asked).config
     for key, is_open in OPEN.items():
         section, _, name = key.partition(".")

@@ -11,6 +11,7 @@ from typing import Any
 import anyio
 import pytest
 
+import troupe
 from tests.support.fakes import delayed, often_equal, same_bits, tiny_config, weigh_ids
 from tests.support.runs import STORED, in_store, policy_of, train
 from tests.support.trace_events import read_trace
@@ -18,6 +19,9 @@ from troupe import Supervisor
 from troupe.checkpoint import list_checkpoints
 from troupe.errors import ConfigError
 from troupe.records.evaluations import read_evaluations
+from troupe.records.held_out import held_out_of
+from troupe.records.store.read import open_store
+from troupe.run.prepare import prepare
 
 SETS = {"num_samples": 2, "temperature": 1.0}
 
@@ -154,6 +158,31 @@ async def test_weights_are_let_go_of_when_they_are_evaluated(tmp_path: Path, rag
                 gc.collect()
                 dicts = [each for each in gc.get_objects() if type(each) is dict]
                 assert not [each for each in dicts if begun <= {id(value) for value in each.values()}]
+
+
+@pytest.mark.slow
+def test_a_set_that_is_another_under_its_name_is_told_of_and_not_compared(tmp_path: Path, ragged_model: Path) -> None:
+    settings = evaluated(tmp_path, learner__max_steps=1)
+    train(ragged_model, tmp_path, **settings)
+    rows = json.loads((tmp_path / "held-out.json").read_text())
+    (tmp_path / "held-out.json").write_text(json.dumps([*rows[:2], {"prompt": "changed", "answer": "1"}, *rows[3:]]))
+    settings["evaluation__sets"][0] |= {"limit": 2, "temperature": 0.5}
+    config = tiny_config(ragged_model, tmp_path, **STORED | settings | {"learner__max_steps": 2})
+
+    def notices() -> list[str]:
+        told = prepare(config, [weigh_ids], resume=True, allow_changes=["learner.max_steps"]).notices
+        return [notice for notice in told if "is evaluated otherwise from here" in notice]
+
+    [whole, sampled] = notices()
+    assert "the set held_out is evaluated otherwise from here: rows 5 (sum " in whole
+    assert "temperature" not in whole
+    assert "rows 3 (sum " in sampled
+    assert "temperature 1.0 → 0.5; its figures are not compared with those before" in sampled
+    troupe.train(config, [weigh_ids], resume=True, allow_changes=["learner.max_steps"])
+    with open_store(tmp_path / "run") as store:
+        found = held_out_of(store.evaluations())
+    assert {name: list(of.changes) for name, of in found.items()} == {"held_out": [2], "sampled": [2]}
+    assert notices() == []
 
 
 @pytest.mark.slow

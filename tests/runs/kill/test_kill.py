@@ -71,6 +71,15 @@ def test_a_killed_run_chooses_the_same_rows_by_their_pass_rates(tmp_path: Path) 
 
 
 @pytest.mark.slow
+def test_a_killed_run_learns_the_same_from_its_teacher(tmp_path: Path) -> None:
+    teaching = {"teacher__path": str(DEMO_CONFIG.parent / "policy"), "teacher__coef": 0.1}  # as it was at first
+    whole = uninterrupted(tmp_path, **PINNED, **teaching)
+    assert run_and_kill(tmp_path / "run.toml", tmp_path / "out", kills=1, seed=3) == 1
+    check_pinned(tmp_path / "out", whole)
+    assert all(line["teacher/kl"] != 0.0 for line in metrics(whole)[2:])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("generator", ["thread", "process"])
 def test_pinned_runs_that_are_killed_again_and_again(tmp_path: Path, generator: str, kills: int) -> None:

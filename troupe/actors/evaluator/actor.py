@@ -1,7 +1,7 @@
 """Evaluator: has versions of the policy answer rows that it is not trained on, while training goes on."""
 
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -27,6 +27,8 @@ class SetWork(NamedTuple):
     of: EvalSet
     prompts: RowPrompts
     decoder: Decoder
+    conditions: Callable[[], Mapping[str, str]] = dict
+    """Those of now, as `Evaluated` has them."""
 
 
 class Evaluator(Actor):
@@ -82,7 +84,7 @@ class Evaluator(Actor):
         self._ledger.end(message.version)
 
     async def _evaluate(self, work: SetWork, message: Evaluate) -> None:
-        began_s, of = time.perf_counter(), work.of
+        began_s, of, conditions = time.perf_counter(), work.of, work.conditions()
         self._doing = f"evaluating {of.name} of step {message.version:,}"
         self._done, self._total = 0, len(of.dataset)
         try:
@@ -97,6 +99,7 @@ class Evaluator(Actor):
             metrics=figures,
             rows=tuple(rows),
             seconds=time.perf_counter() - began_s,
+            conditions=conditions,
         )
         await self._evaluated.send(result)
         await self._evaluated.settled()

@@ -11,7 +11,7 @@ from troupe.actors.generator.parts import key_of
 from troupe.actors.learner.batch import as_rollouts
 from troupe.dataset import PromptDataset
 from troupe.messages import Evaluate, Prompt, PromptText, RolloutGroup, Slot
-from troupe.messages.evaluations import MOST_ROWS
+from troupe.messages.evaluations import gid_of
 from troupe.policy import CompletedGroup, RolloutEngine, RolloutRequest
 from troupe.rewards import RewardManager
 from troupe.runtime.device import DeviceThread
@@ -19,7 +19,6 @@ from troupe.runtime.reporter import Reporter
 
 _AT_ONCE = 128
 """Completions that are decoded together: how long training may have to wait for the device."""
-_SETS = 2**10
 
 
 class EvalSet(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,7 +62,7 @@ class RowPrompts:
     def _prompt(self, place: int, version: int) -> Prompt:
         row, ids = self._of.dataset[place], self._of.prompt_ids[place]
         return Prompt(
-            gid=-1 - ((version * _SETS + self._number) * MOST_ROWS + place),
+            gid=gid_of(version, self._number, place),
             slot=Slot(step=-1, place=place, attempt=self._stream),
             epoch=0,
             row=place,

@@ -9,6 +9,7 @@ import msgspec
 
 from troupe.actors.evaluator.settings import EvaluationConfig
 from troupe.messages import Evaluate, Evaluated
+from troupe.messages.evaluations import changed
 from troupe.policy import Weights
 from troupe.records.evaluations import write_evaluations
 
@@ -21,12 +22,19 @@ class EvaluationLedger:
     again.
     """
 
-    def __init__(self, names: Sequence[str] = (), results: Iterable[Evaluated] = (), run: Path | None = None) -> None:
+    def __init__(
+        self,
+        names: Sequence[str] = (),
+        results: Iterable[Evaluated] = (),
+        run: Path | None = None,
+        conditions: Mapping[str, Mapping[str, str]] | None = None,
+    ) -> None:
         """`names`: of the sets. `results`: of an earlier start, up to the step that this one goes on from. `run`:
-        the folder."""
+        the folder. `conditions`: those of each set now; without, those of its newest result."""
         self.names = tuple(names)
         self._run = run
         self._results = {(result.version, result.name): result for result in results}
+        self._conditions = {result.name: result.conditions for result in self.results} | dict(conditions or {})
         self._pending: dict[int, Weights] = {}
         self.ends_run = anyio.Event()
         """Set when the run is to end with the newest version, since it gets no better."""
@@ -43,20 +51,26 @@ class EvaluationLedger:
 
     @property
     def first_and_newest(self) -> tuple[Evaluated, ...]:
-        """Of each set."""
+        """Of each set, of those that can be compared; without their conditions."""
         told: list[Evaluated] = []
         for name in self.names:
             of = [result for result in self.results if result.name == name]
+            of = [result for result in of if not changed(result.conditions, of[-1].conditions)]
             told += [*of[:1], *of[1:][-1:]]
-        return tuple(told)
+        return tuple(msgspec.structs.replace(result, conditions={}) for result in told)
 
     def lacks(self, version: int) -> list[str]:
         """Sets without a result of this version."""
         return [name for name in self.names if (version, name) not in self._results]
 
-    def values(self, metric: str) -> dict[int, float]:
-        """Version → what it has of a metric."""
-        return {result.version: result.metrics[metric] for result in self.results if metric in result.metrics}
+    def values(self, metric: str, *, or_before: bool = False) -> dict[int, float]:
+        """Version → what it has of a metric, of those results that can be compared with one of now. `or_before`: where
+        there is none, with the newest one."""
+        there = [result for result in self.results if metric in result.metrics]
+        same = [result for result in there if not changed(result.conditions, self._conditions[result.name])]
+        if not same and or_before:
+            same = [result for result in there if not changed(result.conditions, there[-1].conditions)]
+        return {result.version: result.metrics[metric] for result in same}
 
     def metrics_of(self, version: int, name: str) -> Mapping[str, float]:
         """What a version came to on a set; empty where that is not known."""
@@ -71,6 +85,7 @@ class EvaluationLedger:
         """A set is done with."""
         kept = msgspec.structs.replace(result, rows=())
         self._results = {**self._results, (result.version, result.name): kept}
+        self._conditions[result.name] = result.conditions
 
     def end(self, version: int) -> None:
         """A version is done with."""

@@ -8,7 +8,7 @@ import msgspec
 from troupe.messages.evaluations import HELD_OUT
 from troupe.policy import GenerationConfig
 from troupe.policy.decode.sampling import GREEDY_BELOW
-from troupe.rewards.estimates import powers_up_to
+from troupe.rewards.estimates import powers_up_to, reward_figure
 
 
 class EvaluationSet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -52,7 +52,10 @@ class EvaluationSet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         K = self.num_samples
         figures = [f"avg@{K}", *(f"pass@{k}" for k in powers_up_to(K))]
         figures += ["accuracy", *[f"maj@{K}"] * (K > 1)] if answers else []
-        return [f"eval/{self.name}/{figure}" for figure in (*figures, *rewards, "length", "clipped", "missing")]
+        return [
+            f"eval/{self.name}/{figure}"
+            for figure in (*figures, *map(reward_figure, rewards), "length", "clipped", "missing")
+        ]
 
 
 class EvaluationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -18,7 +18,8 @@ from troupe.actors.learner.measures import (
     staleness_statistics,
 )
 from troupe.actors.learner.scores import pass_rates, weighted_rewards
-from troupe.actors.learner.train import BatchTrainer, Learned, LearnerState, Snapshots
+from troupe.actors.learner.snapshots import Snapshots
+from troupe.actors.learner.train import BatchTrainer, Learned, LearnerState
 from troupe.errors import RunError
 from troupe.messages import (
     Checkpoint,
@@ -76,12 +77,13 @@ class Learner(Actor):
         board: PolicyBoard[Weights],
         gathering: Gathering,
         snapshots: Snapshots,
-        prompts_per_epoch: int,
+        epoch: Callable[[int], float],
         keep_rate: Callable[[int, float], None] = lambda step, lr: None,
         meter: StepMeter | None = None,
         report: Reporter | None = None,
     ) -> None:
-        """`keep_rate`: writes down that the peak learning rate changes, before it does; OSError where it cannot be."""
+        """`epoch`: how often rows have been seen with a version. `keep_rate`: writes down that the
+        peak learning rate changes, before it does; OSError where it cannot be."""
         super().__init__(
             inbox,
             [
@@ -100,7 +102,7 @@ class Learner(Actor):
         self._board = board
         self._gathering = gathering
         self._snapshots = snapshots
-        self._prompts_per_epoch = prompts_per_epoch
+        self._epoch = epoch
         self._keep_rate = keep_rate
         self._meter = StepMeter() if meter is None else meter
 
@@ -218,7 +220,7 @@ class Learner(Actor):
     def _count_rows(self, step: StepGroups) -> tuple[dict[str, float], str]:
         """Have the curriculum know what the step came to; its metrics, and what to tell where no row is left."""
         curriculum = self._snapshots.curriculum
-        if curriculum is None:
+        if curriculum is None or self._trainer.is_supervised(self.version - 1):
             return {}, ""
         rates = pass_rates(step.groups, self._trainer.reward_weights, curriculum.config)
         metrics = curriculum.learned(self.version, rates, self._snapshots.oldest_open(self._trainer.config.batch_size))
@@ -288,7 +290,7 @@ class Learner(Actor):
                 **staleness_statistics(step.groups, self.version - 1),
                 "num_tokens": float(self._state.num_tokens),
                 **end_statistics(step),
-                "epoch": self.version * self._trainer.config.batch_size / self._prompts_per_epoch,
+                "epoch": self._epoch(self.version),
                 "step_time": step_s,
                 "learn_time": learn_s,
                 "tokens_per_second": sampled_tokens(step.groups) / step_s,

@@ -20,7 +20,8 @@ from troupe.actors.learner.scores import (
     spread_statistics,
     turns_of,
 )
-from troupe.grpo import Batch, LearnerConfig, make_batch
+from troupe.actors.teacher.settings import TeacherConfig
+from troupe.grpo import Batch, LearnerConfig, distilled_advantages, make_batch, sampled_divergence
 from troupe.messages import Rollout, ScoredGroup
 from troupe.policy import CompletedGroup, NetworkConfig, Weights, completion_gradients, completion_statistics
 from troupe.policy.adapter.base import Base
@@ -52,7 +53,7 @@ class Assembled(NamedTuple):
 
     batch: Batch
     advantages: tuple[tuple[float, ...], ...]
-    """(groups, G), of completions that are left out of the batch too."""
+    """(groups, G), of completions that are left out of the batch too; empty where nothing is compared."""
     metrics: dict[str, float]
     """Rewards, completions and advantages of the batch under TRL's names."""
 
@@ -149,6 +150,7 @@ def assemble(
     pad_id: int,
     oldest: int | None = None,
     gamma: float = 1.0,
+    teacher: TeacherConfig | None = None,
 ) -> Assembled:
     """Turn scored groups of G completions each into one batch, in the order given; an episode may be several rows.
 
@@ -172,12 +174,23 @@ def assemble(
         of_rows = _with_turns(of_rows, rows, turns, groups, config.turn_advantage_weight)
         metrics["turns/compared"] = turns.compared
     batch = _batch_of(rows, groups, of_rows, pad_id)
+    if teacher is not None:
+        batch, taught = _with_teacher(batch, rows, teacher)
+        metrics |= taught
     if oldest is not None:
         batch = batch.with_tokens([row.has_young(oldest) for row in rows])
     metrics["tokens/trained"] = float(batch.completion_mask.sum())
     values: list[float] = advantages.tolist()  # type: ignore[assignment]
     by_group = tuple(tuple(values[i : i + G]) for i in range(0, len(values), G))
     return Assembled(batch=batch, advantages=by_group, metrics=metrics)
+
+
+def assemble_given(groups: Sequence[ScoredGroup], *, pad_id: int) -> Assembled:
+    """The same of groups whose completions were given: nothing compares them, and all that the policy says counts."""
+    rows = rows_of([group.group for group in groups])
+    batch = _batch_of(rows, groups, mx.zeros(len(rows)), pad_id)
+    metrics = {"num_tokens": float(num_tokens(groups)), "tokens/trained": float(batch.completion_mask.sum())}
+    return Assembled(batch=batch, advantages=(), metrics=metrics)
 
 
 def _batch_of(rows: Sequence[Row], groups: Sequence[ScoredGroup], advantages: mx.array, pad_id: int) -> Batch:
@@ -204,6 +217,19 @@ def _batch_of(rows: Sequence[Row], groups: Sequence[ScoredGroup], advantages: mx
     experts = tuple(row.experts for row in rows)
     is_recorded = any(of_prompt or own for of_prompt, own in experts)
     return replace(batch, keys=tuple(keys), experts=experts if is_recorded else None)
+
+
+def _with_teacher(batch: Batch, rows: Sequence[Row], teacher: TeacherConfig) -> tuple[Batch, dict[str, float]]:
+    """The batch with advantages by token, to which the teacher's log-probs are added, and the metrics of them."""
+    T = batch.completion_mask.shape[1]
+    said = mx.array(
+        [row.teacher_log_probs + (0.0,) * (T - len(row.teacher_log_probs)) for row in rows], dtype=mx.float32
+    )
+    own = batch.sampling_log_probs
+    advantages = distilled_advantages(batch.advantages, said, own, coef=teacher.coef, reward_coef=teacher.reward_coef)
+    mx.eval(advantages)
+    divergence = float(sampled_divergence(said, own, batch.completion_mask))
+    return replace(batch, advantages=advantages), {"teacher/kl": divergence, "teacher/coef": teacher.coef}
 
 
 def _of_rows(advantages: mx.array, rows: Sequence[Row], G: int) -> mx.array:

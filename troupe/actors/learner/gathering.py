@@ -73,20 +73,28 @@ class Gathering(ABC):
 
 
 def gathering_for(
-    schedule: ScheduleConfig, *, batch_size: int, min_scored: int, resampling: int, unfinished: Unfinished | None = None
+    schedule: ScheduleConfig,
+    *,
+    batch_size: int,
+    min_scored: int,
+    resampling: int,
+    unfinished: Unfinished | None = None,
+    supervised: int = 0,
 ) -> Gathering:
     """The bookkeeping of a schedule, for steps of `batch_size` groups.
 
     `min_scored`: completions that must have a score; `resampling`: how often a group without signal is replaced.
     `unfinished`: what was collected when the checkpoint was written that the run goes on from. A pinned run is given
-    these groups once more and decides anew.
+    these groups once more and decides anew. `supervised`: steps at the beginning whose groups are given.
     """
     if schedule.mode == "pinned":
         return PinnedGathering(batch_size, min_scored, resampling, schedule.max_staleness)
     free = FreeGathering(batch_size, min_scored, resampling, schedule.max_staleness, schedule.on_stale)
     if unfinished is not None:
         free.go_on(unfinished)
-    return free
+    if not supervised:
+        return free
+    return GivenFirst(supervised, PinnedGathering(batch_size, min_scored, 0, schedule.max_staleness), free)
 
 
 class PinnedGathering(Gathering):
@@ -264,9 +272,36 @@ class FreeGathering(Gathering):
         return stale_tokens(group, version - self._max_staleness) > 0
 
 
+class GivenFirst(Gathering):
+    """A free run that begins with supervised steps, each of the groups of its own slots."""
+
+    def __init__(self, supervised: int, given: Gathering, sampled: Gathering) -> None:
+        self._supervised, self._given, self._sampled = supervised, given, sampled
+
+    def add(self, group: ScoredGroup) -> Sequence[ScoredGroup]:
+        return self._given.add(group) and () if group.group.supervised else self._sampled.add(group)
+
+    def examine(self, groups: Sequence[ScoredGroup], without_signal: Collection[int], version: int) -> Replace | None:
+        return self._sampled.examine(groups, without_signal, version)
+
+    def is_ready(self, version: int) -> bool:
+        return self._of(version).is_ready(version)
+
+    def _make_step(self, version: int) -> StepGroups:
+        return self._of(version)._make_step(version)
+
+    def unfinished(self) -> Unfinished:
+        return self._sampled.unfinished()
+
+    def _of(self, version: int) -> Gathering:
+        return self._given if version < self._supervised else self._sampled
+
+
 def is_usable(group: ScoredGroup, min_scored: int) -> bool:
     """Whether at least `min_scored` completions of the group have a reward: a score from some function, and none that
-    is missing through a fault."""
+    is missing through a fault. One whose completion is given needs none."""
+    if group.group.supervised:
+        return True
     rows = enumerate(zip(*group.scores.values(), strict=True))
     scored = sum(i not in group.faulted and any(score is not None for score in row) for i, row in rows)
     return scored >= min_scored

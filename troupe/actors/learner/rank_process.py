@@ -99,7 +99,7 @@ class _Rank:
             base=base,
             seed=setup.seed,
         )
-        self._trainer.ranks = self._ranks
+        self._trainer.ranks, self._trainer.supervision = self._ranks, setup.supervision
         weights, before = _read(begin.weights), begin.optimizer_state
         return LearnerState(
             version=begin.version,

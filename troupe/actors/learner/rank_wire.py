@@ -13,6 +13,7 @@ import msgspec
 from troupe.actors.generator.wire import BaseSource
 from troupe.actors.learner.collective import Meeting
 from troupe.grpo import Batch, LearnerConfig
+from troupe.grpo.supervised import Supervision
 from troupe.policy import NetworkConfig
 from troupe.runtime.frames import decoder
 
@@ -34,6 +35,7 @@ class RankSetup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     blas_threads: int | None = None
     limit_gb: float | None = None
     """Of MLX's memory in a child, in 10⁹ bytes; None leaves it its own."""
+    supervision: Supervision | None = None
     max_staleness: int = 0
     """Versions that are kept beside the newest, for a generator there."""
 

@@ -40,6 +40,12 @@ class Row(NamedTuple):
         """Of these tokens."""
         return self.rollout.log_probs[self.start : self.stop]
 
+    @property
+    def teacher_log_probs(self) -> tuple[float, ...]:
+        """Of these tokens; their own where no teacher was asked."""
+        said = self.rollout.teacher_log_probs or self.rollout.log_probs
+        return said[self.start : self.stop]
+
     def has_young(self, oldest: int) -> list[bool]:
         """Which tokens were sampled from a version that is not before `oldest`."""
         versions = self.rollout.versions[self.start : self.stop]

@@ -61,6 +61,8 @@ def turns_of(groups: Sequence[ScoredGroup], config: LearnerConfig, weights: Mapp
 def weighted_rewards(group: ScoredGroup, weights: Mapping[str, float]) -> tuple[float | None, ...]:
     """(G,) Σ weight·score of each completion over the scores that are there; None where none is, or where one is
     missing through a fault."""
+    if group.group.supervised:
+        return (None,) * len(group.group.rollouts)
     rewards: list[float | None] = []
     for sample, row in enumerate(zip(*(group.scores[name] for name in weights), strict=True)):
         present = [w * s for w, s in zip(weights.values(), row, strict=True) if s is not None]
@@ -89,6 +91,8 @@ def has_signal(group: ScoredGroup, config: LearnerConfig, weights: Mapping[str, 
     `scale_rewards`, since each compares a completion with its own group first; also where rewards are normalized one by
     one and cancel out; with "grpo_passk" those without a best one, with "maxrl" those whose mean is not above 0.
     """
+    if group.group.supervised:
+        return True
     if mx.any(advantages_of([group], config, weights) != 0.0).item():
         return True
     return config.turn_advantages != "off" and any(map(any, turns_of([group], config, weights, gamma).advantages))

@@ -1,10 +1,11 @@
-"""What the groups of one step make of a learner's state, on the device's thread, and what of it a checkpoint gets.
+"""What the groups of one step make of a learner's state, on the device's thread.
 
 A step's groups and the state before go in, the state after and the step's metrics come out; nothing waits. The state
 before is used up.
 """
 
 import bisect
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,21 +14,22 @@ from typing import NamedTuple, Protocol
 import mlx.core as mx
 import msgspec
 
-from troupe.actors.curriculum import Curriculum
-from troupe.actors.learner.batch import Assembled, CompletionLogProbs, assemble
-from troupe.actors.learner.gathering import StepGroups, gid_of, slot_of
+from troupe.actors.learner.batch import Assembled, CompletionLogProbs, assemble, assemble_given
+from troupe.actors.learner.gathering import StepGroups, gid_of
 from troupe.actors.learner.measures import num_tokens
+from troupe.actors.learner.rollouts import length_statistics
 from troupe.actors.learner.scores import group_statistics, has_signal, spread_statistics
 from troupe.actors.learner.token_figures import Watched
-from troupe.actors.ledgers import OpenGroups
+from troupe.actors.teacher.settings import TeacherConfig
 from troupe.grpo import Batch, LearnerConfig, StepResult, learning_rate, sync_reference, train_on_batch
+from troupe.grpo.log_probs import PolicyLogProbs
 from troupe.grpo.loss import has_entropy_bonus
 from troupe.grpo.ranks import OneRank, Ranks
-from troupe.messages import MemberStatus, ScoredGroup, Snapshot, TokenFigures, Unfinished
+from troupe.grpo.supervised import Supervision, begun_again
+from troupe.messages import MemberStatus, ScoredGroup, TokenFigures
 from troupe.policy import Base, NetworkConfig, Weights
 from troupe.runtime.device import DeviceThread
 from troupe.runtime.linux_cpu import blas_limited
-from troupe.runtime.mailbox import Mailbox
 
 
 class LearnerState(msgspec.Struct, frozen=True, kw_only=True):
@@ -123,7 +125,11 @@ class BatchTrainer:
         self.others: OtherRanks | None = None
         self.ranks: Ranks = OneRank()
         """That learn a batch together."""
+        self.supervision: Supervision | None = None
+        """Of the first steps."""
         self.watched: Watched | None = None
+        self.teacher: TeacherConfig | None = None
+        """By which the teacher's log-probs count; None: there is no teacher."""
         self.told: Callable[[int, Batch | None, Sequence[float]], None] = lambda version, batch, rates: None
         """Called with every step before it is learned: the version that it begins with, and learning rates."""
 
@@ -140,12 +146,22 @@ class BatchTrainer:
         """Another peak learning rate for a step and all that follow."""
         self._rates = [rate for rate in self._rates if rate[0] < step] + [(step, lr)]
 
+    def is_supervised(self, version: int) -> bool:
+        """Whether the step after a version is learned from completions that are given."""
+        return version < self._supervised
+
+    @property
+    def _supervised(self) -> int:
+        """Steps of that kind."""
+        return 0 if self.supervision is None else self.supervision.steps
+
     def without_signal(self, groups: Sequence[ScoredGroup]) -> set[int]:
         """Gids of the groups that nothing can be learned from."""
         return {gid_of(group) for group in groups if not self._has_signal(group)}
 
     def _has_signal(self, group: ScoredGroup) -> bool:
-        return has_signal(group, self.config, self.reward_weights, self._gamma)
+        teaches = self.teacher is not None and self.teacher.coef > 0.0
+        return teaches or has_signal(group, self.config, self.reward_weights, self._gamma)
 
     def train(self, state: LearnerState, step: StepGroups) -> Learned:
         """One learner batch."""
@@ -157,16 +173,20 @@ class BatchTrainer:
 
         advantages: dict[int, tuple[float, ...]] = {}
         figures: dict[int, tuple[TokenFigures | None, ...]] = {}
+        is_supervised = self.is_supervised(state.version)
         metrics, batch = self.describe(step), None
         if trained := step.ending("trained"):
-            assembled = self.assemble(trained, step.oldest if step.drops_stale else None)
+            if is_supervised:
+                assembled = assemble_given(trained, pad_id=self._pad_id)
+            else:
+                assembled = self.assemble(trained, step.oldest if step.drops_stale else None)
             batch = assembled.batch
-            advantages = {gid_of(group): a for group, a in zip(trained, assembled.advantages, strict=True)}
+            advantages = dict(zip(map(gid_of, trained), assembled.advantages, strict=not is_supervised))
             metrics = {**assembled.metrics, **metrics}
         self.told(state.version, batch, self.learning_rates(state.version))
         state, of_result = self.advance(state, batch, end_part)
         state = msgspec.structs.replace(state, num_tokens=state.num_tokens + num_tokens(step.groups))
-        if self.watched is not None:
+        if self.watched is not None and not is_supervised:
             figures = self.watched.collect(trained)
         return Learned(state, {**metrics, **of_result}, advantages, figures, parts)
 
@@ -188,10 +208,21 @@ class BatchTrainer:
             num_tokens=state.num_tokens,
             skipped_in_a_row=skipped_in_a_row,
         )
-        return after, metrics
+        return self._warmed_up(after), metrics
+
+    def _warmed_up(self, state: LearnerState) -> LearnerState:
+        """Where the last supervised step before others is done, as a run would begin with its policy."""
+        if not self._supervised == state.version < self.total_steps:
+            return state
+        optimizer_state = begun_again(state.optimizer_state)
+        mx.eval(optimizer_state)
+        reference = None if state.reference is None else state.weights
+        return msgspec.structs.replace(state, optimizer_state=optimizer_state, reference=reference)
 
     def describe(self, step: StepGroups) -> dict[str, float]:
         """Rewards and completions of all groups with scores, also those left out of the batch."""
+        if any(group.group.supervised for group in step.groups):
+            return length_statistics([rollout for group in step.groups for rollout in group.group.rollouts])
         usable = step.ending("trained", "filtered", "stale")
         scored = usable + [
             group
@@ -208,21 +239,32 @@ class BatchTrainer:
     def assemble(self, groups: Sequence[ScoredGroup], oldest: int | None) -> Assembled:
         """The groups as a batch, without tokens of versions before `oldest`."""
         return assemble(
-            groups, self.config, weights=self.reward_weights, pad_id=self._pad_id, oldest=oldest, gamma=self._gamma
+            groups,
+            self.config,
+            weights=self.reward_weights,
+            pad_id=self._pad_id,
+            oldest=oldest,
+            gamma=self._gamma,
+            teacher=self.teacher,
         )
 
     def learn(self, state: LearnerState, batch: Batch, on_part: Callable[[str], None]) -> StepResult:
-        """`train_on_batch` by the learner's settings."""
+        """`train_on_batch` by the learner's settings, or those of supervised steps."""
+        config, longest = self.config, self._max_completion_length
+        log_probs: PolicyLogProbs = self.watched or self._log_probs
+        if self.supervision is not None and self.is_supervised(state.version):
+            config, longest = self.supervision.config(config), self.supervision.max_completion_length
+            log_probs = dataclasses.replace(self._log_probs, temperature=1.0, entropy_gradient=False)
         with blas_limited(1 if self._streams else None):
             return train_on_batch(
                 state.weights,
                 state.optimizer_state,
                 batch,
-                self.watched or self._log_probs,
-                self.config,
+                log_probs,
+                config,
                 lr=self.learning_rates(state.version),
                 ref_weights=state.reference,
-                max_completion_length=self._max_completion_length,
+                max_completion_length=longest,
                 on_part=on_part,
                 streams=self._streams,
                 seed=self._seed,
@@ -230,12 +272,15 @@ class BatchTrainer:
             )
 
     def learning_rates(self, step: int) -> list[float]:
-        """One for each update of the batch; the schedule counts updates, as TRL's does."""
-        passes = self.config.num_iterations
-        first, total = step * passes, self.total_steps * passes
-        config = self.config
+        """One for each update of the batch; the schedule counts updates, as TRL's does. Supervised steps have a
+        schedule of their own, and that of the others begins after them."""
+        config, supervised = self.config, self._supervised
         if changed := bisect.bisect_right(self._rates, step, key=lambda rate: rate[0]):
             config = msgspec.structs.replace(config, lr=self._rates[changed - 1][1])
+        if self.supervision is not None and step < supervised:
+            return [learning_rate(step, supervised, self.supervision.config(config))]
+        passes = config.num_iterations
+        first, total = (step - supervised) * passes, (self.total_steps - supervised) * passes
         return [learning_rate(first + i, total, config) for i in range(passes)]
 
     def _followed(self, state: LearnerState, weights: Weights) -> Weights | None:
@@ -245,103 +290,10 @@ class BatchTrainer:
         synchronization that falls due between the passes of one comes at its end.
         """
         config, reference = self.config, state.reference
-        if reference is None or not config.sync_ref_model:
+        if reference is None or not config.sync_ref_model or self.is_supervised(state.version):
             return reference
-        before = state.version * config.num_iterations
+        before = (state.version - self._supervised) * config.num_iterations
         due = (before + config.num_iterations) // config.ref_model_sync_steps - before // config.ref_model_sync_steps
         for _ in range(due):
             reference = sync_reference(reference, weights, config.ref_model_mixup_alpha)
         return reference
-
-
-class Snapshots:
-    """Makes the snapshots of a run, each with the means of the metrics since the one before."""
-
-    def __init__(
-        self,
-        *,
-        every: int,
-        beside_learning: bool = True,
-        with_reference: bool = False,
-        open_groups: OpenGroups,
-        recorded: Mapping[int, ScoredGroup],
-        next_prompt: Callable[[], int] = lambda: 0,
-        curriculum: Curriculum | None = None,
-    ) -> None:
-        """`beside_learning`: a step is learned while a checkpoint is written. `with_reference`: the reference follows
-        the policy. `open_groups`: shared with who begins them. `recorded`: gid → groups that had their scores when the
-        run was resumed and have not come to the learner yet. `next_prompt`: number of the prompt that will be begun
-        next. `curriculum`: chooses the rows of steps to come."""
-        self.every = every
-        """Steps from one snapshot to the next."""
-        self.beside_learning = beside_learning
-        self.open_groups = open_groups
-        self.curriculum = curriculum
-        self._with_reference = with_reference
-        self._recorded = recorded
-        self._next_prompt = next_prompt
-        self._sums: dict[str, tuple[float, int]] = {}
-
-    def add(self, metrics: Mapping[str, float]) -> None:
-        """Count the metrics of one more step."""
-        for name, value in metrics.items():
-            if math.isfinite(value):
-                total, count = self._sums.get(name, (0.0, 0))
-                self._sums[name] = total + value, count + 1
-
-    def oldest_open(self, batch_size: int) -> int:
-        """The first step of which a group is under way, or will be prompted next."""
-        return min([self._next_prompt() // batch_size, *(group.slot.step for group in self.open_groups.all())])
-
-    def forget_metrics(self) -> None:
-        """Begin new means, the snapshot with the old ones being sent."""
-        self._sums.clear()
-
-    def make(
-        self,
-        state: LearnerState,
-        inbox: Mailbox,
-        published: Mapping[int, Weights],
-        collected: Unfinished,
-        *,
-        final: bool = False,
-    ) -> Snapshot:
-        """Everything a checkpoint of `state` needs, by reference.
-
-        `published`: the versions on the board, and those still to be evaluated; `collected`: the groups that the
-        learner has; those in its `inbox` are found there.
-        """
-        means = {name: total / count for name, (total, count) in self._sums.items()}
-        return Snapshot(
-            version=state.version,
-            weights=state.weights,
-            optimizer_state=dict(state.optimizer_state),  # its own: the next step takes the learner's apart
-            behind={version: weights for version, weights in published.items() if version < state.version},
-            reference=state.reference if self._with_reference else None,
-            num_tokens=state.num_tokens,
-            skipped_in_a_row=state.skipped_in_a_row,
-            metrics={name: mean for name, mean in means.items() if math.isfinite(mean)},
-            unfinished=msgspec.structs.replace(
-                collected,
-                next=self._next_prompt(),
-                open=self.open_groups.all(),
-                scored=self._scored(state.version, inbox, set(map(gid_of, collected.collected))),
-            ),
-            curriculum=None if self.curriculum is None else self.curriculum.state(),
-            final=final,
-        )
-
-    def _scored(self, version: int, inbox: Mailbox, collected: set[int]) -> tuple[ScoredGroup, ...]:
-        """The groups that have their scores and are not collected: one that is being examined, those that wait, and
-        those from before a resume that are still on their way."""
-        scored: dict[int, ScoredGroup] = {}
-        for message in inbox.in_hand:
-            if isinstance(message, ScoredGroup) and self.open_groups.has(slot_of(message)):
-                scored[gid_of(message)] = message
-        for message in inbox.waiting:
-            if isinstance(message, ScoredGroup):
-                scored[gid_of(message)] = message
-        for gid, group in self._recorded.items():
-            if slot_of(group).step >= version or self.open_groups.has(slot_of(group)):
-                scored.setdefault(gid, group)
-        return tuple(group for gid, group in scored.items() if gid not in collected)

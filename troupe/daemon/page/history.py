@@ -20,7 +20,7 @@ from troupe.messages import Evaluated, Status
 from troupe.records.curves import Curves
 from troupe.records.evaluations import read_evaluations
 from troupe.records.figures import LIVE, function_of
-from troupe.records.held_out import HeldOut, is_share
+from troupe.records.held_out import held_out_of, is_share
 from troupe.records.layout import EVALUATIONS, METRICS
 from troupe.records.sinks.jsonl import decode_step
 
@@ -50,21 +50,23 @@ def read_curves(path: Path) -> Curves:
 
 
 def held_out(evaluations: Iterable[Evaluated]) -> list[dict[str, Any]]:
-    """Of each set the figure that says most: its name, and versions, values and standard errors of the same length."""
-    told = HeldOut()
-    for evaluated in evaluations:
-        told.add(evaluated.version, evaluated.name, evaluated.metrics)
-    return [
-        {
-            "name": name,
-            "figure": standing.figure,
-            "share": is_share(standing.figure),
-            "step": list(standing.values),
-            "y": [_rounded(value) for value in standing.values.values()],
-            "errors": [_rounded(standing.errors[at]) if at in standing.errors else None for at in standing.values],
-        }
-        for name, standing in told.sets.items()
-    ]
+    """Of each set the figure that says most: its name, and versions, values and standard errors of the same length, of
+    those versions that can be compared with the newest."""
+    told = []
+    for name, of_set in held_out_of(evaluations).items():
+        figure = of_set.headline
+        points = of_set.compared(figure)
+        told.append(
+            {
+                "name": name,
+                "figure": figure,
+                "share": is_share(figure),
+                "step": [point.version for point in points],
+                "y": [_rounded(point.value) for point in points],
+                "errors": [None if point.se is None else _rounded(point.se) for point in points],
+            }
+        )
+    return told
 
 
 class Event(msgspec.Struct, frozen=True):
@@ -132,7 +134,8 @@ class History:
             case Happened():
                 at = round(self._clock(), 1)
                 for group in frame.groups:
-                    self._groups.append(self._event("group", {"at": at, "group": group}))
+                    told = {**msgspec.structs.asdict(group), "gid": str(group.gid)}  # JavaScript rounds above 2^53
+                    self._groups.append(self._event("group", {"at": at, "group": told}))
                 if frame.left_out:
                     text = f"{frame.left_out} further incidents are not shown"
                     self._incident(at, "daemon", "left_out", text)

@@ -67,6 +67,13 @@ class Base:
             base._parts = _parts(config, base.weights, adapter)
         return base
 
+    def beside(self, config: NetworkConfig, adapter: Adapter) -> "Base":
+        """The same network, shared, with another adapter beside it."""
+        other = Base()
+        other.weights, other.name, other.fingerprint = self.weights, self.name, self.fingerprint
+        other.adapter, other._parts = adapter, _parts(config, self.weights, adapter)
+        return other
+
     @property
     def is_whole(self) -> bool:
         """Whether the network is all here, and what is trained, if anything, lies beside it."""

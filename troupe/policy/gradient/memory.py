@@ -123,6 +123,21 @@ def gradient_memory_bytes(
     return math.ceil(sums + max(head, first, last))
 
 
+def forward_memory_bytes(
+    config: NetworkConfig, dtype: mx.Dtype, batch: MicroBatch, *, on_cpu: bool = True, adapter: Adapter | None = None
+) -> int:
+    """Bytes that `completion_statistics` takes beside the weights: of the hidden states, the larger of what a layer and
+    what the head makes. What going back through a layer makes is an upper end of the former. An `adapter` is in the
+    matrices that it stands beside, or next to them, all at once."""
+    D, N, M, size = config.hidden_size, batch.tokens, batch.targets, dtype.size
+    layer = _layer_bytes(config, batch, size, recompute=False, on_cpu=on_cpu) * (1 if on_cpu else 3)
+    if adapter is not None:
+        layer += config.num_hidden_layers * _beside_bytes(config, adapter, dtype, N)
+    block = min(config.vocab_size, block_rows(M, on_cpu=on_cpu)) * M
+    head = 3 * M * D * size + 12 * M + (25 if on_cpu else 8 + 3 * size) * block
+    return math.ceil(2 * N * D * size + max(layer, head))
+
+
 def _scores_bytes(config: NetworkConfig, batch: MicroBatch, size: int, *, exact: bool) -> int:
     """What attention's gradient makes where it writes scores out, some rows or heads at a time."""
     places = padded(batch.prompt_length + batch.completion_length - 1)

@@ -95,6 +95,16 @@ class Tokenizer:
         """1 + the largest id, added tokens included. A model may have more logits than this, rounded up for speed."""
         return max(self._contents) + 1
 
+    def differs_from(self, other: Tokenizer) -> str:
+        """Why ids of this tokenizer do not mean the same for another, in words; empty where they do. How texts are
+        split does not count."""
+        own, others = self._contents, other._contents
+        if own == others:
+            return ""
+        id_ = min(id_ for id_ in own.keys() | others.keys() if own.get(id_) != others.get(id_))
+        mine, its = (f"stands for {found[id_]!r}" if id_ in found else "is not there" for found in (own, others))
+        return f"id {id_} {mine} here, and {its} there"
+
     @property
     def eos_token_id(self) -> int | None:
         """The token that ends a completion."""

@@ -157,6 +157,11 @@ class Overlay:
                     continue
                 about = "By the steps learned from; bars are standard errors."
                 about += f" The same as {', '.join(same)}." if same else ""
+                about += "".join(
+                    f" {run.name} from step {run.held_out[name].since:,} on, before under other conditions."
+                    for run in self._found.runs
+                    if name in run.held_out and run.held_out[name].changes
+                )
                 written = "percent" if is_share(figure) else "number"
                 least = None if figure.startswith(HEADLINES) else 0.0
                 spec = ChartSpec(_HELD_OUT, f"{name}: {figure}", about, written, least=least, smooth=False)
@@ -167,8 +172,7 @@ class Overlay:
         """Each run, and the mean of the seeds of one configuration with their band."""
         curves = {}
         for place, run in enumerate(self._found.runs):
-            points = run.held_out[name].figures.get(figure, ()) if name in run.held_out else ()
-            if points:
+            if name in run.held_out and (points := run.held_out[name].compared(figure)):
                 curves[place] = points
         for group in self._bands.values():
             there = {

@@ -13,9 +13,10 @@ import msgspec
 from troupe.dataset import source_name
 from troupe.errors import InputError, TroupeError
 from troupe.messages import Evaluated
-from troupe.records.compare.held_out import HeldOut, held_out_before, held_out_of
+from troupe.records.compare.held_out import held_out_before
 from troupe.records.compare.settings import settings_of
 from troupe.records.evaluations import read_evaluations
+from troupe.records.held_out import HeldOut, held_out_of
 from troupe.records.layout import METRICS, RUN_TOML, STORE
 from troupe.records.report.picture import STATES, State, planned_steps
 from troupe.records.sinks.jsonl import decode_step
@@ -172,7 +173,7 @@ def _ends(folder: Path, notes: list[str]) -> tuple[Glance, list[Evaluated]]:
 def _held_out(sets: Mapping[str, HeldOut]) -> tuple[str | None, Ends]:
     """The first set's most telling figure, and what it was."""
     for name, held_out in sets.items():
-        points = held_out.figures[held_out.headline]
+        points = held_out.compared(held_out.headline)
         first = points[0].value if len(points) > 1 or not points[0].version else None
         return f"eval/{name}/{held_out.headline}", (first, points[-1].value)
     return None, (None, None)

@@ -7,7 +7,8 @@ import msgspec
 
 from troupe.errors import OutputError
 from troupe.messages import EvaluatedRow
-from troupe.records.compare.held_out import HeldOut, prompt_key
+from troupe.records.compare.held_out import prompt_key
+from troupe.records.held_out import HeldOut
 from troupe.records.store.prompts import AnsweredSample, PromptEnds, prompt_ends, prompt_of, samples_of
 from troupe.records.store.read import open_store
 from troupe.records.text import prompt_text
@@ -91,7 +92,7 @@ def shared_held_out(runs: Sequence[Mapping[str, HeldOut]]) -> list[SharedPrompt]
         shared.sort(key=lambda key: -_spread([rows[key] for rows in lasts]))
         for key in shared[:MOST_PROMPTS]:
             answers = tuple(
-                (_told(one.versions[0], first[key]), _told(one.newest, last[key]))
+                (_told(one.since, first[key]), _told(one.newest, last[key]))
                 for one, first, last in zip(sets, firsts, lasts, strict=True)
             )
             found.append(SharedPrompt(source=name, prompt=prompt_text(lasts[0][key].prompt), answers=answers))

@@ -8,7 +8,6 @@ import msgspec
 from troupe.errors import InputError
 from troupe.messages import Status
 from troupe.records.compare.figures import Level, RunFigures, figures_of_run, level_of
-from troupe.records.compare.held_out import HeldOut
 from troupe.records.compare.settings import (
     Difference,
     Settings,
@@ -18,6 +17,7 @@ from troupe.records.compare.settings import (
     settings_of,
     short_names,
 )
+from troupe.records.held_out import HeldOut
 from troupe.records.report.picture import RunPicture, read_run
 
 MOST_RUNS = 32

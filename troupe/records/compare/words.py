@@ -8,9 +8,9 @@ from typing import Any
 import msgspec
 
 from troupe.records import text as words
-from troupe.records.compare.held_out import HEADLINES, HeldOut, Point, distinct_figures, paired
+from troupe.records.compare.held_out import HEADLINES, distinct_figures, paired
 from troupe.records.compare.runs import ComparedRun, Group, RunComparison
-from troupe.records.held_out import is_share
+from troupe.records.held_out import HeldOut, Point, is_share
 from troupe.records.text import MISSING
 from troupe.rewards.estimates import Comparison
 
@@ -59,7 +59,7 @@ def _held_out_figures(found: RunComparison) -> list[Figure]:
     figure = found.runs[0].held_out[name].headline
 
     def newest(run: ComparedRun) -> float | None:
-        points = run.held_out[name].figures.get(figure, ())
+        points = run.held_out[name].compared(figure)
         return points[-1].value if points else None
 
     return [Figure(f"{name} {figure}", newest, lambda value: figure_told(figure, value), 2)]
@@ -148,7 +148,7 @@ def held_out_tables(found: RunComparison) -> Iterator[HeldOutTable]:
             members = [run for place in group.runs if name in (run := found.runs[place]).held_out]
             for run in members:
                 held_out = run.held_out[name]
-                told = tuple(_ends(figure, held_out.figures.get(figure, ())) for figure in figures)
+                told = tuple(_ends(figure, held_out.compared(figure)) for figure in figures)
                 against = "" if run is base else _against(base.held_out[name], held_out)
                 rows.append((run.name, f"{held_out.newest:,}", told, against))
             if len(members) > 1:
@@ -162,7 +162,7 @@ def _most_telling(runs: Sequence[HeldOut]) -> list[str]:
     figures = [
         figure
         for figure in distinct_figures(runs)
-        if figure.startswith(HEADLINES) or any(p.value for run in runs for p in run.figures.get(figure, ()))
+        if figure.startswith(HEADLINES) or any(p.value for run in runs for p in run.compared(figure))
     ]
     largest = max((f for f in figures if f.startswith(_PASS)), key=lambda f: int(f.removeprefix(_PASS)), default="")
     return [f for f in figures if f == largest or f == figures[0] or not f.startswith(_PASS)][:_MOST_FIGURES]
@@ -170,7 +170,7 @@ def _most_telling(runs: Sequence[HeldOut]) -> list[str]:
 
 def _newest_together(members: Sequence[ComparedRun], name: str, figure: str) -> str:
     """A figure's mean over runs at last, and from the least to the most."""
-    points = [run.held_out[name].figures.get(figure, ()) for run in members]
+    points = [run.held_out[name].compared(figure) for run in members]
     return told_of([one[-1].value if one else None for one in points], partial(figure_told, figure))
 
 

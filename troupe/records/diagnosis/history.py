@@ -52,7 +52,7 @@ class History:
     def add(self, step: int, metrics: Mapping[str, Any]) -> None:
         """One more step."""
         if not self._steps:
-            self._from_the_start = step == 1
+            self._from_the_start = step == 1 + self.supervised
         self.step = step
         self._steps += 1
         for name, column in self._columns.items():
@@ -79,6 +79,14 @@ class History:
     def evaluations(self) -> Iterator[tuple[str, list[Evaluation]]]:
         """Metric → its values in order, one metric a set."""
         yield from self._evaluations.items()
+
+    @property
+    def supervised(self) -> float:
+        """Steps at the beginning in which nothing is sampled, of which the rules know nothing."""
+        if self._config.get("task") == "sft":
+            return math.inf
+        steps = self.setting("warm_start.steps", 0) if self.setting("warm_start.path") else 0
+        return steps if isinstance(steps, int) else 0
 
     def setting(self, key: str, default: Any = None) -> Any:
         """The value of `section.key` in the config."""

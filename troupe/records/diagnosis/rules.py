@@ -139,7 +139,7 @@ def _entropy_collapse(of: History) -> Found | None:
 
 def _no_signal(of: History) -> Found | None:
     part = of.mean("frac_reward_zero_std")
-    if part is None or part < NO_SIGNAL or _goes_well(of):
+    if part is None or part < NO_SIGNAL or _goes_well(of) or _is_taught(of):
         return None
     reward = of.mean("reward")
     told = "" if reward is None else f", at a mean reward of {reward:.3f}"
@@ -214,9 +214,13 @@ def _reward_time(of: History) -> Found | None:
 
 def _has_gained(of: History) -> bool:
     """Whether the reward is above what the run began at, by more than chance; also where rows get harder on the way,
-    so that nobody can say."""
+    or rewards are not learned from, so that nobody can say."""
     now, start = of.mean("reward"), of.start("reward")
-    return _has_curriculum(of) or (now is not None and start is not None and now - start > _chance(of))
+    return (
+        _has_curriculum(of)
+        or _ignores_rewards(of)
+        or (now is not None and start is not None and now - start > _chance(of))
+    )
 
 
 def _has_mastered(of: History) -> bool:
@@ -230,12 +234,24 @@ def _goes_well(of: History) -> bool:
     to say."""
     now, before = of.mean("reward"), of.before("reward")
     before = of.start("reward") if before is None else before
-    return now is None or before is None or now - before > _chance(of) or _has_mastered(of)
+    if now is None or before is None or _ignores_rewards(of):
+        return True
+    return now - before > _chance(of) or _has_mastered(of)
 
 
 def _has_curriculum(of: History) -> bool:
     """Whether the rows that are drawn are harder the better the policy is."""
     return bool(of.setting("curriculum.enabled", False))
+
+
+def _is_taught(of: History) -> bool:
+    """Whether a teacher is learned from, too, who tells completions of equal rewards apart."""
+    return bool(of.setting("teacher.path") or of.setting("teacher.models"))
+
+
+def _ignores_rewards(of: History) -> bool:
+    """Whether a teacher alone is learned from."""
+    return _is_taught(of) and of.setting("teacher.reward_coef", 1.0) == 0.0
 
 
 def _chance(of: History) -> float:

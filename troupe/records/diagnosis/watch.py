@@ -31,8 +31,8 @@ class Diagnosis:
         """Those that no step has come after."""
 
     def add(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """One more step; one that is not past all before is left out."""
-        if step <= self._history.step:
+        """One more step; one that is not past all before is left out, as is a supervised one."""
+        if step <= self._history.step or step <= self._history.supervised:
             return
         for version, figures in [told for told in self._evaluations if told[0] < step]:
             self._history.add_evaluation(version, figures)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import msgspec
 
 from troupe.records.figures import CHARTS, FIGURES, ChartSpec, function_of, lines_of, named_by
-from troupe.records.held_out import is_share
+from troupe.records.held_out import HeldOut, changes_told, is_share
 from troupe.records.report.picture import RunPicture
 
 Values = tuple[float | None, ...]
@@ -100,21 +100,33 @@ def held_out_section(run: RunPicture) -> Section | None:
     charts = []
     for place, held_out in enumerate(run.held_out.values(), 1):
         lines: dict[Values, Line] = {}
-        for figure, points in held_out.figures.items():
+        for figure in held_out.figures:
             if figure.startswith(_OF_A_SET) and len(held_out.versions) > 1:
-                known = {point.version: point for point in points}
-                there = [known.get(version) for version in held_out.versions]
-                values = tuple(None if point is None else point.value for point in there)
-                errors = tuple(None if point is None else point.se for point in there)
-                line = Line(name=figure, mean=values, errors=errors, points=True, axes=place)
-                lines.setdefault(values, line)  # others are the same where a row has one sample, or passes or fails
+                for line in _lines_of_set(held_out, figure, place):
+                    lines.setdefault(line.mean, line)  # the same where a row has one sample, or passes or fails
         if lines:
             some = tuple(lines.values())[:_MOST_LINES]
             title = f"{held_out.name}: {some[0].name}" if len(some) == 1 else held_out.name
-            written = "percent" if all(is_share(line.name) for line in some) else "number"
-            spec = ChartSpec(_HELD_OUT, title, _ABOUT_SETS, written, least=None, smooth=False)
+            written = "percent" if all(is_share(line.name.split(" ")[0]) for line in some) else "number"
+            about = " ".join([_ABOUT_SETS, *changes_told(held_out)])
+            spec = ChartSpec(_HELD_OUT, title, about, written, least=None, smooth=False)
             charts.append(Chart(key=f"held_out_{place}", spec=spec, lines=some))
     return Section(title=_HELD_OUT, charts=tuple(charts)) if charts else None
+
+
+def _lines_of_set(held_out: HeldOut, figure: str, axes: int) -> Iterator[Line]:
+    """A line for each stretch of versions that can be compared, the newest first."""
+    for stretch in reversed(held_out.stretches(figure)):
+        known = {point.version: point for point in stretch}
+        there = [known.get(version) for version in held_out.versions]
+        last = stretch[-1].version
+        yield Line(
+            name=figure if last >= held_out.since else f"{figure} to step {last:,}",
+            mean=tuple(None if point is None else point.value for point in there),
+            errors=tuple(None if point is None else point.se for point in there),
+            points=True,
+            axes=axes,
+        )
 
 
 def _section(title: str, charts: Sequence[Chart]) -> Section:

@@ -18,8 +18,24 @@ _LONGEST_NAME = 100
 """Characters of what is told of a line."""
 _MOST_WAITS = 12
 """Environments and tools of which is told how long they took."""
-_ACTORS = ("generator", "environment", "scorer", "learner", "checkpointer", "prompter", "metrics")
-_BESIDE = {"environment": "environments", "reward": "rewards", "checkpoint": "checkpoints", "logging": "logging"}
+_ACTORS = (
+    "generator",
+    "environment",
+    "teacher",
+    "scorer",
+    "learner",
+    "evaluator",
+    "checkpointer",
+    "prompter",
+    "metrics",
+)
+_BESIDE = {
+    "environment": "environments",
+    "reward": "rewards",
+    "checkpoint": "checkpoints",
+    "logging": "logging",
+    "evaluation": "evaluation",
+}
 
 
 class Axes(msgspec.Struct, frozen=True, kw_only=True):
@@ -146,7 +162,7 @@ def _beside_bars(run: RunPicture) -> list[dict[str, Any]]:
             continue
         parts = [
             {"name": "hidden under device work", "value": rounded(hidden), "kind": 3},
-            {"name": "exposed: the device waited", "value": rounded(exposed), "kind": 2},
+            {"name": "exposed: training waited", "value": rounded(exposed), "kind": 2},
         ]
         note = f"{words.seconds(hidden)} hidden, {words.seconds(exposed)} exposed"
         rows.append({"name": label, "note": note, "parts": parts})

@@ -10,10 +10,9 @@ import msgspec
 
 from troupe.messages.evaluations import HELD_OUT
 from troupe.records import text as words
-from troupe.records.compare.held_out import HeldOut, Point, in_words
 from troupe.records.conversations import Said, conversation_of, facts_of, observed_within, shortened
 from troupe.records.diagnosis import remedy_for, steps_of
-from troupe.records.held_out import is_share
+from troupe.records.held_out import HeldOut, Point, changes_told, in_words, is_share
 from troupe.records.report.charts import sections_of
 from troupe.records.report.data import Axes, bars_of, chart_data, marks_of
 from troupe.records.report.picture import INCIDENTS_SHOWN, RunPicture, State
@@ -110,7 +109,13 @@ def report_page(run: RunPicture, browsed: Mapping[str, Any] | None = None) -> st
         scripts=_SCRIPTS,
         styles=(*CHART_STYLES, *BROWSER_STYLES),
         data=data,
-        filters={"plain": _value, "facts": facts_of, "remedy": partial(remedy_for, folder=live), "steps": steps_of},
+        filters={
+            "changes": changes_told,
+            "plain": _value,
+            "facts": facts_of,
+            "remedy": partial(remedy_for, folder=live),
+            "steps": steps_of,
+        },
         run=run,
         name=Path(run.folder).name,
         badge=BADGES[run.state],
@@ -153,6 +158,8 @@ def _facts(run: RunPicture) -> Iterator[str]:
 def _tiles(run: RunPicture) -> Iterator[Tile]:
     if rewards := run.values("reward"):
         yield Tile("reward", words.number(rewards[-1]), f"from {words.number(rewards[0])}")
+    elif losses := run.values("loss"):
+        yield Tile("loss", words.number(losses[-1]), f"from {words.number(losses[0])}")
     for held_out in list(run.held_out.values())[:_MOST_SCORES]:
         name = "held-out" if held_out.name == HELD_OUT else held_out.name
         row = next(rows_of_set(held_out))
@@ -178,19 +185,20 @@ def _tiles(run: RunPicture) -> Iterator[Tile]:
 def rows_of_set(held_out: HeldOut) -> Iterator[SetRow]:
     """The figures of a set, those that tell most first; what says the same as one before is left out."""
     told: list[list[float]] = []
-    for figure, points in held_out.figures.items():
+    for figure in held_out.figures:
+        points = held_out.compared(figure)
         values = [point.value for point in points]
         is_of_scores = in_words(figure) == figure
-        if (is_of_scores and values in told) or (figure == "missing" and not any(values)):
+        if not points or (is_of_scores and values in told) or (figure == "missing" and not any(values)):
             continue
         told += [values] if is_of_scores else []
         is_part = is_share(figure)
         by_version = {point.version: point for point in points}
-        first, newest = by_version.get(held_out.versions[0]), by_version.get(held_out.newest)
+        first, newest = by_version.get(held_out.since), by_version.get(held_out.newest)
         best = max(points, key=lambda point: point.value)
         yield SetRow(
             figure=in_words(figure),
-            first=_point(first if len(held_out.versions) > 1 else None, is_part),
+            first=_point(first if held_out.since < held_out.newest else None, is_part),
             newest=_point(newest, is_part),
             best=f"{_point(best, is_part)} (step {best.version:,})" if figure.startswith(_BEST_OF) else "",
         )

@@ -12,11 +12,12 @@ import msgspec
 
 from troupe.errors import InputError, OutputError
 from troupe.messages import Finding, Phase, Status
-from troupe.records.compare.held_out import HeldOut, held_out_before, held_out_of
+from troupe.records.compare.held_out import held_out_before
 from troupe.records.curves import Thinned, Thinner
 from troupe.records.diagnosis import Diagnosis, in_a_line
 from troupe.records.diagnosis.past import awaiting
 from troupe.records.evaluations import read_evaluations
+from troupe.records.held_out import HeldOut, held_out_of
 from troupe.records.layout import CHANGES, METRICS, RUN_TOML, STORE
 from troupe.records.report.run_time import RunTime
 from troupe.records.sinks.jsonl import decode_step
@@ -268,10 +269,10 @@ def _from_lines(path: Path, notes: list[str], diagnosis: Diagnosis) -> Thinned:
 
 
 def _held_out(run: StoredRun) -> dict[str, HeldOut]:
-    """With the rows of the first and of the newest version."""
+    """With the rows of the newest version, and of the first that can be compared with it."""
     found = {}
     for name, held_out in held_out_of(run.evaluations()).items():
-        first, newest = held_out.versions[0], held_out.newest
+        first, newest = held_out.since, held_out.newest
         found[name] = msgspec.structs.replace(
             held_out,
             rows=run.evaluated_rows(newest, name),
@@ -303,13 +304,16 @@ def planned_steps(fate: Standing, config: dict[str, Any], step: int, epoch: floa
     """How many steps a run will have, by its config, its summary, or how far through the epochs its newest step is."""
     learner = config.get("learner")
     learner = learner if isinstance(learner, dict) else {}
+    warm = config.get("warm_start")
+    before = warm.get("steps", 0) if isinstance(warm, dict) and warm.get("path") else 0
+    before = before if isinstance(before, int) else 0
     if isinstance(most := learner.get("max_steps"), int):
-        return most
+        return before + most
     if fate.total_steps is not None:
         return fate.total_steps
     epochs = learner.get("epochs")
-    if isinstance(epochs, int) and epoch:
-        return math.ceil(round(epochs * step / epoch, 6))
+    if isinstance(epochs, int) and epoch and step > before:
+        return before + math.ceil(round(epochs * (step - before) / epoch, 6))
     return None
 
 

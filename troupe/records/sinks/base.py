@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 import msgspec
 
 from troupe.errors import ConfigError, remedy
-from troupe.messages import Incident
+from troupe.messages import Evaluated, Incident
 
 SinkName = Literal["console", "jsonl", "trace", "sqlite", "tensorboard", "wandb", "trackio", "prometheus"]
 _PACKAGES: dict[SinkName, str] = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
@@ -72,6 +72,8 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What it runs on, in words."""
     past: tuple[tuple[int, float], ...] = ()
     """(step, reward) of some of the steps done before, as far as they are known."""
+    evaluated: tuple[Evaluated, ...] = ()
+    """What evaluations of earlier starts came to, without rows."""
     config: dict[str, Any] = {}
     """The resolved config, as run.toml has it."""
 

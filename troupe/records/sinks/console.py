@@ -14,10 +14,11 @@ from rich.text import Text
 
 from troupe.messages import Activity, Evaluated, Finding, GroupClosed, Incident, Status, Update
 from troupe.records.diagnosis import in_full
-from troupe.records.held_out import HeldOut
+from troupe.records.held_out import Standings
 from troupe.records.members import Comings
 from troupe.records.sinks.base import RunInfo
-from troupe.records.sinks.display import Display, shown_metrics
+from troupe.records.sinks.display import Display
+from troupe.records.sinks.display_lines import shown_metrics
 from troupe.runtime.outlets import Outlet, outlet_of
 from troupe.runtime.terminal import arrows, one_line
 
@@ -140,7 +141,7 @@ class PlainSink:
         self._at = ""
         self._repeats = Repeats()
         self._comings = Comings()
-        self._held_out = HeldOut()
+        self._held_out = Standings(run.evaluated)
         self._found: frozenset[tuple[str, int]] = frozenset()
 
     def open(self) -> None:
@@ -160,7 +161,7 @@ class PlainSink:
                 self._say(f"step {message.step}/{message.total_steps}  {figures}")
             self._tell_findings(message.findings)
         elif isinstance(message, Evaluated):
-            self._held_out.add(message.version, message.name, message.metrics)
+            self._held_out.add(message)
             if (standing := self._held_out.sets.get(message.name)) is not None:
                 self._say(arrows(f"evaluated {message.name}: {standing}", self._encoding))
         elif isinstance(message, Status):

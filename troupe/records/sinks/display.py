@@ -10,17 +10,26 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from rich.cells import chop_cells
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 from troupe.messages import Evaluated, Finding, GroupClosed, Incident, Phase, Status, Update
 from troupe.records.diagnosis import in_a_line
-from troupe.records.figures import FIGURES, function_of, queue_depths, written
-from troupe.records.held_out import HeldOut
-from troupe.records.members import at_a_glance, called, summary, worth_telling
+from troupe.records.figures import written
+from troupe.records.held_out import Standings
 from troupe.records.sinks.base import RunInfo
 from troupe.records.sinks.digest import Sample, samples_of
+from troupe.records.sinks.display_lines import (
+    MOST_TEXT,
+    REWARD,
+    clock_time,
+    function_lines,
+    member_lines,
+    newest_lines,
+    panel_figures,
+    pool_lines,
+    queue_line,
+)
 from troupe.records.sinks.drawing import (
     GAP,
     LABEL_WIDTH,
@@ -28,7 +37,6 @@ from troupe.records.sinks.drawing import (
     Block,
     bar,
     beside,
-    fitted,
     fitting,
     line,
     padded,
@@ -37,7 +45,7 @@ from troupe.records.sinks.drawing import (
     shaded,
     told,
 )
-from troupe.records.trend import area, spread, trend_of
+from troupe.records.trend import Trend, area, spread, telling, trend_of
 from troupe.runtime.terminal import arrows, one_line
 
 _PANELS = ("learning", "completions", "speed")
@@ -54,8 +62,6 @@ _MOST_SETS = 3
 _ANSWER_LINES, _MOST_ANSWER_LINES = 2, 6
 _PACE_STEPS = 32
 """Newest steps that say how long the others will take."""
-_MOST_TEXT = 1000
-"""Characters of a text that may be looked at: more than a terminal has in a line."""
 _STYLES: dict[Phase, str] = {
     "running": "bold green",
     "paused": "bold yellow",
@@ -64,24 +70,6 @@ _STYLES: dict[Phase, str] = {
     "stopping": "bold cyan",
     "failed": "bold red",
 }
-_REWARD = "magenta"
-
-
-def shown_metrics(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
-    """(label, formatted value) of the metrics worth a glance, in a fixed order; those absent are left out."""
-    return [
-        (figure.line, written(metrics[metric], figure.spec))
-        for metric, figure in FIGURES.items()
-        if figure.line and metric in metrics
-    ]
-
-
-def clock_time(seconds: float) -> str:
-    """`0:04:05`, with days where there are any."""
-    minutes, second = divmod(max(0, round(seconds)), 60)
-    hours, minute = divmod(minutes, 60)
-    days, hour = divmod(hours, 24)
-    return (f"{days} d " if days else "") + f"{hour}:{minute:02d}:{second:02d}"
 
 
 class Display:
@@ -94,7 +82,8 @@ class Display:
         self._step, self._total_steps = run.first_step, run.total_steps
         self._ends: deque[tuple[int, float]] = deque([(run.first_step, self._began_s)], maxlen=_PACE_STEPS + 1)
         self._metrics: Mapping[str, float] = {}
-        self._reward, self._held_out = trend_of(run.past), HeldOut()
+        self._way = trend_of(run.past, "loss" if run.config.get("task") == "sft" else "reward")
+        self._held_out = Standings(run.evaluated)
         self._sample: Sample | None = None
         self._status: Status | None = None
         self._findings: Sequence[Finding] = ()
@@ -106,17 +95,17 @@ class Display:
         if isinstance(message, Update):
             self._metrics, self._step, self._total_steps = message.metrics, message.step, message.total_steps
             self._ends.append((message.step, self._clock()))
-            self._reward.add(message.step, message.metrics.get("reward", math.nan))
+            if (figure := telling(message.metrics)) != self._way.of:
+                self._way = Trend(figure)
+            self._way.add(message.step, message.metrics.get(figure, math.nan))
             self._findings = message.findings
         elif isinstance(message, Evaluated):
-            self._held_out.add(message.version, message.name, message.metrics)
+            self._held_out.add(message)
         elif isinstance(message, GroupClosed):
             if samples := samples_of(message):
                 self._sample = samples[0]
         elif isinstance(message, Status):
             self._status, self._findings = message, message.findings
-            for evaluated in message.evaluated:  # before this start, too
-                self._held_out.add(evaluated.version, evaluated.name, evaluated.metrics)
         elif isinstance(message, Incident):
             self._incidents += 1
             self._last_incident = f"{message.actor}: {message.message}"
@@ -144,20 +133,21 @@ class Display:
 
     def _middle(self, width: int, height: int, chart: int) -> Iterator[Block]:
         """The reward and the figures of the step."""
-        panels = {heading: _figures(heading, self._metrics) for heading in _PANELS}
+        panels = {heading: panel_figures(heading, self._metrics) for heading in _PANELS}
         if width >= _WIDE and height >= _WIDE_HEIGHT:
             first, second, third = (panel(heading, panels[heading], _WIDE_PANEL) for heading in _PANELS)
             room = width - 2 * (_WIDE_PANEL + GAP)
             right = beside([[*first, Text(" " * _WIDE_PANEL), *third], second])
-            below = [*self._functions(), *self._pools(), *self._held_out_lines()]
+            below = [*function_lines(self._metrics, self._encoding), *pool_lines(self._metrics)]
             left = [*self._curve(room, max(chart, len(right) - 1 - len(below))), *below]
             yield Block(beside([[padded(text, room) for text in left], right]))
+            yield Block(self._held_out_lines(), rank=2)
             return
         heading, *curve = self._curve(width, chart)
         yield Block([heading])
         yield Block(curve, rank=1)
-        yield Block(self._functions(), rank=5)
-        yield Block(self._pools(), rank=6)
+        yield Block(function_lines(self._metrics, self._encoding), rank=5)
+        yield Block(pool_lines(self._metrics), rank=6)
         yield Block(self._held_out_lines(), rank=2)
         yield Block([Text()], rank=10)
         columns = max(1, min(len(_PANELS), (width + GAP) // (_PANEL_WIDTH + GAP)))
@@ -169,9 +159,9 @@ class Display:
     def _foot(self, width: int, answer: int) -> Iterator[Block]:
         """Queues, who else is at work, and the newest completion."""
         yield Block([Text()], rank=9)
-        yield Block([self._queues()], rank=7)
-        yield Block(list(self._members()), rank=4)
-        yield Block(list(self._newest(width, answer)), rank=5)
+        yield Block([queue_line(self._metrics, self._status)], rank=7)
+        yield Block(list(member_lines(self._status, self._encoding)), rank=4)
+        yield Block(list(newest_lines(self._sample, width, answer, self._encoding)), rank=5)
 
     @property
     def _phase(self) -> Phase:
@@ -221,16 +211,16 @@ class Display:
         return max(0.0, pace_s * (self._total_steps - last) - (self._clock() - ended_s))
 
     def _curve(self, width: int, rows: int) -> list[Text]:
-        """The way of the reward, and its first and newest value above it."""
-        trend, room = self._reward, max(1, width - LABEL_WIDTH)
+        """The way of the reward, or of what tells best instead, and its first and newest value above it."""
+        trend, room = self._way, max(1, width - LABEL_WIDTH)
         if trend.first is None or trend.newest is None:
-            why = "nan" if "reward" in self._metrics else f"{NOTHING} with the first step"
-            return [row("reward", (why, "dim")), *(Text() for _ in range(rows))]
+            why = "nan" if trend.of in self._metrics else f"{NOTHING} with the first step"
+            return [row(trend.of, (why, "dim")), *(Text() for _ in range(rows))]
         first, newest = written(trend.first, ".3f"), written(trend.newest, ".3f")
         way = newest if trend.steps[0] == trend.steps[1] else arrows(f"{first} → {newest}", self._encoding)
-        in_group = next((f"   {label} {value}" for label, value in _figures("reward", self._metrics)[1:]), "")
+        in_group = next((f"   {label} {value}" for label, value in panel_figures("reward", self._metrics)[1:]), "")
         steps = f"   step {trend.steps[0]:,} to {trend.steps[1]:,}" if trend.steps[0] < trend.steps[1] else ""
-        heading = line((f"{'reward':<{LABEL_WIDTH}}", "bold"), (way, "bold"), (in_group, "dim"), (steps, "dim"))
+        heading = line((f"{trend.of:<{LABEL_WIDTH}}", "bold"), (way, "bold"), (in_group, "dim"), (steps, "dim"))
         values = spread(trend.values, room) if len(trend.values) > 1 else []
         if not values:
             return [heading, *(Text() for _ in range(rows))]
@@ -238,34 +228,8 @@ class Display:
         if min(values) < max(values):
             edges[-1] = written(min(values), ".3f")
         labels = [(f"{edge:>{LABEL_WIDTH - 1}} ", "dim") for edge in edges]
-        drawn = shaded(area(values, room, rows, encoding=self._encoding), _REWARD)
+        drawn = shaded(area(values, room, rows, encoding=self._encoding), REWARD)
         return [heading, *(line(label, *parts) for label, parts in zip(labels, drawn, strict=True))]
-
-    def _functions(self) -> list[Text]:
-        """The means of the reward functions on a line, where there are several."""
-        means = {name: value for metric, value in self._metrics.items() if (name := function_of(metric)) is not None}
-        if len(means) < 2:
-            return []
-        parts = [
-            part
-            for name, value in means.items()
-            for part in ((f"{one_line(name, self._encoding)} ", "dim"), (f"{written(value, '.3f')}   ", ""))
-        ]
-        return [row("rewards", *parts)]
-
-    def _pools(self) -> list[Text]:
-        """How many rows are in each pool, where they are drawn by their pass rates."""
-        there = [
-            (figure, self._metrics[metric])
-            for metric, figure in FIGURES.items()
-            if figure.chart == "pools" and metric in self._metrics
-        ]
-        parts = [
-            part
-            for figure, value in there
-            for part in ((f"{figure.name} ", "dim"), (f"{written(value, figure.spec)}   ", ""))
-        ]
-        return [row("rows", *parts)] if parts else []
 
     def _held_out_lines(self) -> list[Text]:
         """How the sets of held-out rows stand, a line each."""
@@ -273,39 +237,6 @@ class Display:
             row("held-out", (name and f"{name}  ", "dim"), (standing, ""))
             for name, standing in self._held_out.lines(self._encoding)[:_MOST_SETS]
         ]
-
-    def _queues(self) -> Text:
-        now = {} if self._status is None else self._status.queues
-        depths = [(name, now.get(name, depth)) for name, depth in queue_depths(self._metrics).items()]
-        parts: list[tuple[str, str]] = []
-        for name, depth in depths:
-            parts += [(f"{name} ", "dim"), (f"{depth:<5}", "" if depth else "dim")]
-        return row("queues", *(parts or [(NOTHING, "dim")]))
-
-    def _members(self) -> Iterator[Text]:
-        """Who does the run's work elsewhere, where there is more than one generator in a process."""
-        members = () if self._status is None else self._status.members
-        if not worth_telling(members):
-            return
-        parts = [(f"{summary(members)}   ", "")]
-        for member in members:
-            style = "" if member.state == "working" else "dim" if member.state in ("idle", "ended") else "yellow"
-            parts += [(f"{one_line(member.name, self._encoding)} ", "dim"), (f"{at_a_glance(member)}  ", style)]
-        yield row(called(members), *parts)
-
-    def _newest(self, width: int, most: int) -> Iterator[Text]:
-        room, sample = max(8, width - LABEL_WIDTH), self._sample
-        prompt, answer, reward = NOTHING, "", ""
-        if sample is not None:
-            prompt = fitted(one_line(_ends(sample.prompt), self._encoding), room)
-            reward = "no score  " if math.isnan(sample.reward) else f"{sample.reward:.3f}  "
-            answer = fitted(one_line(_ends(sample.text), self._encoding), most * room - len(reward))
-        yield row("prompt", (prompt, "dim"))
-        lines = chop_cells(reward + answer, room) or [""]
-        for i in range(most):
-            text = lines[i] if i < len(lines) else ""
-            score = reward if i == 0 else ""
-            yield row("" if i else "answer", (score, _REWARD), (text[len(score) :], ""))
 
     def _banner(self) -> Text | None:
         """What whoever looks should see first, in the place of what the run is at; None where there is nothing."""
@@ -319,28 +250,14 @@ class Display:
             return [row("held", (one_line("; ".join(status.held), self._encoding), "yellow"))]
         if not self._incidents:
             return [row("incidents", ("none", "dim"))]
-        last = one_line(self._last_incident[:_MOST_TEXT], self._encoding)
+        last = one_line(self._last_incident[:MOST_TEXT], self._encoding)
         return told("incidents", f"{self._incidents:,}", last, width, 1 if width >= _NARROW else 2)
 
     def _diagnosis(self, width: int) -> list[Text]:
         """The most serious of what its figures say is wrong; nothing where nothing is."""
         if not self._findings:
             return []
-        text = one_line(in_a_line(self._findings, self._folder)[:_MOST_TEXT], self._encoding)
+        text = one_line(in_a_line(self._findings, self._folder)[:MOST_TEXT], self._encoding)
         title = one_line(self._findings[0].title, self._encoding)
         most = 2 if width >= _WIDE else 3 if width >= _NARROW else 5
         return told("diagnosis", title, text.removeprefix(title).removeprefix(": "), width, most)
-
-
-def _figures(heading: str, metrics: Mapping[str, float]) -> Sequence[tuple[str, str]]:
-    """(label, value) of what is measured; places for all of it before the first step."""
-    return [
-        (figure.panel[1], written(metrics[metric], figure.spec, figure.unit) if metrics else NOTHING)
-        for metric, figure in FIGURES.items()
-        if figure.panel[0] == heading and (metric in metrics or not metrics)
-    ]
-
-
-def _ends(text: str) -> str:
-    """What there may be room for, of a text of any length."""
-    return text if len(text) <= 2 * _MOST_TEXT else text[:_MOST_TEXT] + text[-_MOST_TEXT:]

@@ -15,16 +15,26 @@ EVALUATIONS = (
     " PRIMARY KEY (name, row))",
     "CREATE TABLE IF NOT EXISTS evaluation_samples (version INTEGER, name TEXT, row INTEGER, sample INTEGER, text TEXT,"
     " tokens INTEGER, finish_reason TEXT, score REAL, scores TEXT, PRIMARY KEY (version, name, row, sample))",
+    "CREATE TABLE IF NOT EXISTS evaluation_conditions (version INTEGER, name TEXT, conditions TEXT, asked TEXT,"
+    " PRIMARY KEY (version, name))",
 )
-"""One row a version and set; a row of a set, whatever the version; and a sample. `metrics`, `prompt`, `columns` and
-`scores` are JSON, `name` is that of the set."""
-EVALUATIONS_MADE_AGAIN = (("evaluations", "version"), ("evaluation_samples", "version"))
+"""One row a version and set; a row of a set, whatever the version; a sample; and the conditions of a version and set,
+with the name that its rows have in `evaluation_rows` (`asked`), another one for other rows. `metrics`, `prompt`,
+`columns`, `scores` and `conditions` are JSON, `name` is that of the set."""
+EVALUATIONS_MADE_AGAIN = (
+    ("evaluations", "version"),
+    ("evaluation_samples", "version"),
+    ("evaluation_conditions", "version"),
+)
 _ADD = "INSERT OR REPLACE INTO evaluations VALUES (?,?,(SELECT max(start) FROM starts),?,?,?)"
 _ADD_ROW = "INSERT OR REPLACE INTO evaluation_rows VALUES (?,?,?,?)"
 _ADD_SAMPLE = "INSERT OR REPLACE INTO evaluation_samples VALUES (?,?,?,?,?,?,?,?,?)"
+_ADD_CONDITIONS = "INSERT OR REPLACE INTO evaluation_conditions VALUES (?,?,?,?)"
+_JOINED = " LEFT JOIN evaluation_conditions c ON c.version = e.version AND c.name = e.name"
+_ASKED = "SELECT asked FROM evaluation_conditions WHERE version = ? AND name = ?"
 _SAMPLES = (
     "SELECT s.row, r.prompt, r.columns, s.text, s.tokens, s.finish_reason, s.score, s.scores FROM evaluation_samples s"
-    " LEFT JOIN evaluation_rows r ON r.name = s.name AND r.row = s.row"
+    " LEFT JOIN evaluation_rows r ON r.name = ? AND r.row = s.row"
     " WHERE s.version = ? AND s.name = ? ORDER BY s.row, s.sample"
 )
 
@@ -37,8 +47,12 @@ def evaluation_statements(evaluated: Evaluated, unix_s: float) -> list[_Statemen
     statements: list[_Statement] = [
         (_ADD, (version, name, unix_s, evaluated.seconds, json_text(dict(evaluated.metrics))))
     ]
+    asked = name
+    if evaluated.conditions:
+        asked = safe_text(f"{name} {evaluated.conditions.get('rows', '')}")
+        statements.append((_ADD_CONDITIONS, (version, name, json_text(dict(evaluated.conditions)), asked)))
     for row in evaluated.rows:
-        statements.append((_ADD_ROW, (name, row.row, json_text(row.prompt), json_text(dict(row.columns)))))
+        statements.append((_ADD_ROW, (asked, row.row, json_text(row.prompt), json_text(dict(row.columns)))))
         for number, sample in enumerate(row.samples):
             told = (safe_text(sample.text), sample.tokens, safe_text(sample.finish_reason), sample.score)
             statements.append((_ADD_SAMPLE, (version, name, row.row, number, *told, json_text(dict(sample.scores)))))
@@ -48,22 +62,37 @@ def evaluation_statements(evaluated: Evaluated, unix_s: float) -> list[_Statemen
 def stored_evaluations(connection: sqlite3.Connection) -> list[Evaluated]:
     """Every evaluation without its rows, by version, then as the sets were evaluated; none of a store of an older
     Troupe."""
-    if not _has_evaluations(connection):
+    if not _has(connection, "evaluations"):
         return []
-    rows = connection.execute("SELECT version, name, seconds, metrics FROM evaluations ORDER BY version, time, rowid")
+    conditions, joined = ("c.conditions", _JOINED) if _has(connection, "evaluation_conditions") else ("NULL", "")
+    rows = connection.execute(
+        f"SELECT e.version, e.name, e.seconds, e.metrics, {conditions} FROM evaluations e{joined}"
+        " ORDER BY e.version, e.time, e.rowid"
+    )
     return [
-        Evaluated(version=version, name=name, seconds=seconds, metrics=_finite(metrics), rows=())
-        for version, name, seconds, metrics in rows
+        Evaluated(
+            version=version,
+            name=name,
+            seconds=seconds,
+            metrics=_finite(metrics),
+            rows=(),
+            conditions={} if told is None else msgspec.json.decode(told, type=dict[str, str]),
+        )
+        for version, name, seconds, metrics, told in rows
     ]
 
 
 def stored_rows(connection: sqlite3.Connection, version: int, name: str) -> tuple[EvaluatedRow, ...]:
     """The rows of one evaluation with their samples, in order; none where it is not stored."""
-    if not _has_evaluations(connection):
+    if not _has(connection, "evaluations"):
         return ()
+    asked = (
+        connection.execute(_ASKED, (version, name)).fetchone() if _has(connection, "evaluation_conditions") else None
+    )
+    asked_as = name if asked is None else asked[0]
     found: dict[int, EvaluatedRow] = {}
     for row, prompt, columns, text, tokens, finish_reason, score, scores in connection.execute(
-        _SAMPLES, (version, name)
+        _SAMPLES, (asked_as, version, name)
     ):
         sample = EvaluatedSample(
             text=text,
@@ -73,14 +102,14 @@ def stored_rows(connection: sqlite3.Connection, version: int, name: str) -> tupl
             scores=msgspec.json.decode(scores, type=dict[str, float | None]),
         )
         if row not in found:
-            asked, known = (None if told is None else msgspec.json.decode(told) for told in (prompt, columns))
-            found[row] = EvaluatedRow(row=row, prompt=asked, columns=known or {}, samples=())
+            prompted, known = (None if told is None else msgspec.json.decode(told) for told in (prompt, columns))
+            found[row] = EvaluatedRow(row=row, prompt=prompted, columns=known or {}, samples=())
         found[row] = msgspec.structs.replace(found[row], samples=(*found[row].samples, sample))
     return tuple(found.values())
 
 
-def _has_evaluations(connection: sqlite3.Connection) -> bool:
-    found = connection.execute("SELECT count(*) FROM sqlite_master WHERE name = 'evaluations'").fetchone()
+def _has(connection: sqlite3.Connection, table: str) -> bool:
+    found = connection.execute("SELECT count(*) FROM sqlite_master WHERE name = ?", (table,)).fetchone()
     return bool(found[0])
 
 

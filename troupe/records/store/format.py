@@ -8,8 +8,8 @@ completions  one row a sample of a group
 answers      one row a turn of a sample whose step may still be made again; see `answers.py`
 token_figures  one row a sample that was learned from, where they are kept: float32 of each token
 episodes     one row a sample that acted in an environment or called tools; see `episodes.py`
-evaluations, evaluation_rows, evaluation_samples  what the policy came to on rows that it is not trained on; see
-             `evaluations.py`
+evaluations, evaluation_rows, evaluation_samples, evaluation_conditions  what the policy came to on rows that it is not
+             trained on; see `evaluations.py`
 members      one row a worker, process, engine or rank and start that it worked in; see `members.py`
 incidents    what went wrong, of all starts
 checkpoints  those written; `removed_at` of those that made room for newer ones
@@ -112,8 +112,9 @@ def group_rows(closed: GroupClosed, *, log_probs: bool = False) -> GroupRows:
     place = (closed.gid, closed.version, slot.step, slot.place, slot.attempt)
     if scored is None:
         return GroupRows((*place, None, None, closed.state, None, None), [])
-    prompt = scored.group.prompt
-    group = (*place, prompt.row, prompt.epoch, closed.state, json_text(prompt.prompt), json_text(prompt.columns))
+    prompt, was_sampled = scored.group.prompt, not scored.group.supervised
+    row = prompt.row if was_sampled else None  # of other rows than those that are sampled
+    group = (*place, row, prompt.epoch, closed.state, json_text(prompt.prompt), json_text(prompt.columns))
     completions = []
     for sample, rollout in enumerate(scored.group.rollouts):
         completions.append(
@@ -129,7 +130,7 @@ def group_rows(closed: GroupClosed, *, log_probs: bool = False) -> GroupRows:
                 closed.advantages[sample] if closed.advantages else None,
                 json_text({name: scores[sample] for name, scores in scored.scores.items()}),
                 json_text({name: values[sample] for name, values in scored.extra.items()}) if scored.extra else "{}",
-                packed("f", rollout.log_probs) if log_probs else None,
+                packed("f", rollout.log_probs) if log_probs and was_sampled else None,
             )
         )
     return GroupRows(group, completions, episode_rows(closed), _token_rows(closed))

@@ -30,6 +30,7 @@ RULES: dict[str, Rule] = {
     "output": "free",
     "wired_limit_gb": "free",
     "memory_limit_gb": "free",  # what is chosen to fit it has keys of its own
+    "task": "never",
     "seed": "never",
     "model.path": "never",  # unless it is the same model at another place
     "model.dtype": "never",
@@ -45,6 +46,11 @@ RULES: dict[str, Rule] = {
     "data.chat": "by name",
     "data.chat_template_kwargs": "by name",
     "data.chat_template_date": "by name",
+    "sft.completion_column": "never",  # as above
+    "sft.*": "by name",
+    "warm_start.path": "never",  # as above
+    "warm_start.steps": "never",
+    "warm_start.*": "by name",
     "curriculum.*": "by name",  # rows that were chosen already stay
     "generation.*": "by name",
     "rewards.functions": "by name",
@@ -71,6 +77,7 @@ RULES: dict[str, Rule] = {
     "learner.batch_size": "never",
     "learner.max_nonfinite_steps": "free",
     "learner.*": "by name",
+    "teacher.*": "by name",
     "schedule.mode": "never",
     "schedule.engines": "free",
     "schedule.generator": "free",
@@ -102,6 +109,10 @@ _WHY_NEVER = {
     "data.answer_column": "a run goes on with the answers that it began with",
     "data.system_prompt": "a run goes on with the prompts that it began with",
     "data.shuffle": "which prompts a step has follows from it",
+    "task": "what a step is follows from it",
+    "sft.completion_column": "a run goes on with the rows that it began with",
+    "warm_start.path": "a run goes on with the rows that it began with",
+    "warm_start.steps": "which steps are supervised follows from it",
     "learner.batch_size": "which prompts a step has follows from it",
     "schedule.mode": "the two schedules keep other things of groups under way",
     "seed": "all that is drawn follows from it",

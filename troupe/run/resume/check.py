@@ -38,6 +38,8 @@ OPEN: dict[str, Any] = {
     "data.chat_template_date": None,
     "generation.memory_limit_gb": None,
     "learner.lr": None,
+    "warm_start.lr": None,
+    "warm_start.steps": None,
     "learner.gradient_accumulation_steps": None,
     "learner.gradient_checkpointing": None,
     "checkpoint.overlap": None,
@@ -56,12 +58,16 @@ SETTLED_BY_CONTENTS = (
     "model.path",
     "adapter.resume_from",
     "data.path",
+    "warm_start.path",
     "data.prompt_column",
+    "sft.completion_column",
     "data.answer_column",
     "data.system_prompt",
 )
-_SAMPLED = re.compile(r"generation\..+|data\..+|rewards\.functions|environment\..+|curriculum\.enabled")
-"""Keys of which it depends what is sampled, and what scores it gets."""
+_SAMPLED = re.compile(
+    r"generation\..+|data\..+|rewards\.functions|teacher\.(path|models|column|dtype)|environment\..+|curriculum\.enabled"
+)
+"""Keys of which it depends what is sampled, what scores it gets, and what a teacher says of it."""
 
 
 class Resumption(msgspec.Struct, frozen=True, kw_only=True):

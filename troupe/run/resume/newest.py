@@ -38,6 +38,8 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     """Fingerprint of the folder of the model that it begins with."""
     rewards: tuple[str, ...]
     """Their names."""
+    teacher: str = ""
+    """Fingerprint of who teaches; empty where nobody does."""
 
 
 def newest_checkpoint(
@@ -57,6 +59,8 @@ def newest_checkpoint(
         _check_same_policy(folder, found, policy, config)
         if "rewards.functions" not in allowed:
             _check_rewards(folder, found.state, identity.rewards)
+        if not {"teacher.path", "teacher.models"} & allowed:
+            _check_teacher(folder, found.made.teacher, identity.teacher)
         if resumption is not None and resumption.samples_anew:
             notices.append("groups that were sampled and not trained on yet are sampled once more")
             # what was begun stays begun, but nothing is kept of what came of it
@@ -168,6 +172,15 @@ def _check_rewards(folder: Path, state: RunState, rewards: Sequence[str]) -> Non
         raise CheckpointError(
             f"{folder}: the run was made with the rewards {', '.join(state.rewards)}, and is resumed with "
             f"{', '.join(rewards)}; give the same ones, or allow others by --allow-change rewards.functions"
+        )
+
+
+def _check_teacher(folder: Path, before: str, now: str) -> None:
+    """CheckpointError where another one lies now where the run's teacher was."""
+    if before and now and before != now:
+        raise CheckpointError(
+            f"{folder}: the run has learned from another teacher than the one named now, whose "
+            "configuration, tokenizer or weights differ; restore it, or allow the other by --allow-change teacher.path"
         )
 
 

@@ -29,7 +29,8 @@ function embeddedCompletions(data) {
       );
     });
     const sign = falls.includes(filter.choice) ? -1 : 1;
-    return held.sort((a, b) => sign * (value(a, filter) - value(b, filter)) || a.gid - b.gid || a.sample - b.sample);
+    const between = (a, b) => a.gid.length - b.gid.length || (a.gid < b.gid ? -1 : Number(a.gid > b.gid)); // numbers as text
+    return held.sort((a, b) => sign * (value(a, filter) - value(b, filter)) || between(a, b) || a.sample - b.sample);
   };
   const lined = (one) => ({ ...one, start: few(one.text, 240) });
   const asRow = ({ prompt, text, reward, advantage, scores, step, row, gid, sample, tokens, finish_reason, state, columns, left_out }) =>

@@ -1,0 +1,1 @@
+"""The teacher: how likely it finds what the policy sampled."""
