@@ -13,7 +13,7 @@ import pytest
 from tests.support.episodes import acted
 from tests.support.fakes import Reports, device_thread, ended, make_group, make_prompt, send_all, taken
 from troupe.actors.teacher.actor import Teacher
-from troupe.actors.teacher.forward import TeacherForward, is_taught, with_log_probs
+from troupe.actors.teacher.forward import TeacherForward, Teachers, is_taught, with_log_probs
 from troupe.messages import RolloutGroup, ScoredGroup, Span
 from troupe.policy import Policy, load_policy
 from troupe.runtime.mailbox import Channel, Mailbox
@@ -71,6 +71,17 @@ def test_from_an_id_on_that_it_does_not_know_it_says_what_the_policy_said(policy
     assert own[1:] == (-2.0, -3.0)
     small = replace(forward_of(policy), config=msgspec.structs.replace(policy.config, vocab_size=8))
     assert said(small.taught(replace_rollout(group, odd))) == [(-1.0, -2.0, -3.0)], "not even the prompt is known"
+
+
+def test_each_row_is_for_the_teacher_that_it_names(policy: Policy) -> None:
+    """Another temperature stands for another teacher."""
+    teachers = Teachers({"": forward_of(policy), "warm": replace(forward_of(policy), temperature=2.0)}, "who")
+    told = {}
+    for name, who in (("none", None), ("warm", "warm")):
+        group = make_group(make_prompt(0, 0, who=who))
+        told[name] = said(teachers.taught(group))
+        assert told[name] == said(teachers.by_name[who or ""].taught(group))
+    assert told["none"] != told["warm"]
 
 
 def replace_rollout(group: RolloutGroup, rollout: object) -> RolloutGroup:

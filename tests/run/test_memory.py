@@ -110,15 +110,15 @@ def test_the_phases_of_a_run_by_hand() -> None:
 def test_a_teacher_is_held_and_works_beside_the_generator() -> None:
     larger = msgspec.structs.replace(POLICY, hidden_size=128)
     teacher = TeacherWork(larger, mx.float32, adapter=None, shares_base=False)
-    plan = plan_memory(config_of(), WORK._replace(teacher=teacher))
+    plan = plan_memory(config_of(), WORK._replace(teachers=(teacher,)))
     assert all(items["teacher"] == 4 * parameter_count(larger) for items in plan.phases.values())
     piece = MicroBatch(prompts=1, prompt_length=20, rows=4, completion_length=100)
     forward = {"teacher's forward pass": forward_memory_bytes(larger, mx.float32, piece)}
     assert plan.phases["generate"].items() >= forward.items()
     assert not plan.phases["learn"].keys() & forward.keys(), "all is taught by then"
-    stale = plan_memory(config_of(schedule__max_staleness=1), WORK._replace(teacher=teacher))
+    stale = plan_memory(config_of(schedule__max_staleness=1), WORK._replace(teachers=(teacher,)))
     assert stale.phases["learn"].items() >= forward.items()
-    shared = plan_memory(config_of(), WORK._replace(teacher=teacher._replace(shares_base=True)))
+    shared = plan_memory(config_of(), WORK._replace(teachers=(teacher._replace(shares_base=True),)))
     assert shared.phases["learn"]["teacher"] == 0
 
 

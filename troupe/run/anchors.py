@@ -1,5 +1,6 @@
 """The paths of a configuration, counted from where it stands."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,11 @@ _SOURCES = ("path", "eval_path")
 
 def anchor_paths(table: dict[str, Any], base: Path) -> None:
     """Make the input paths of a raw table absolute; values of a wrong type are left for the type check."""
-    for model in (table.get("model"), table.get("teacher")):
+    teacher, several = table.get("teacher"), list[Any]()
+    if isinstance(teacher, dict) and isinstance(teacher.get("models"), list | tuple):
+        several = [dict(model) if isinstance(model, Mapping) else model for model in teacher["models"]]
+        teacher["models"] = several
+    for model in (table.get("model"), teacher, *several):
         if not isinstance(model, dict) or not isinstance(model.get("path"), str):
             continue
         path = Path(moved_demo_file(str((base / expanded(model["path"])).absolute())))

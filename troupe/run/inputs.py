@@ -48,7 +48,7 @@ from troupe.run.supervised import (
     with_warm_steps,
 )
 from troupe.run.supervised import notices as supervised_notices
-from troupe.run.teaching import LoadedTeacher, teacher_of
+from troupe.run.teaching import LoadedTeachers, teachers_of
 
 _SHOWN_ROWS = 4
 """Of a source whose rows have to be made, for a run that is only shown."""
@@ -83,8 +83,8 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens."""
     acting_setup: ActingSetup | None = None
     """Where the policy acts; None: it answers once."""
-    teacher: LoadedTeacher | None = None
-    """With its arrays."""
+    teachers: LoadedTeachers | None = None
+    """With their arrays."""
     calls: Calls | None = None
     """Rewards and environments on workers; None: no worker can join the run."""
     total_steps: int
@@ -100,12 +100,12 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
             dataset=self.rows_fingerprint,
             model=self.fingerprint,
             rewards=self.rewards.names,
-            teacher="" if self.teacher is None else self.teacher.fingerprint,
+            teacher="" if self.teachers is None else self.teachers.fingerprint,
         )
 
-    def without_teacher(self) -> Inputs:
-        """Without its arrays, that is."""
-        return msgspec.structs.replace(self, teacher=None)
+    def without_teachers(self) -> Inputs:
+        """Without their arrays, that is."""
+        return msgspec.structs.replace(self, teachers=None)
 
     @property
     def supervised_steps(self) -> int:
@@ -146,7 +146,7 @@ def load_inputs(
     acting_setup = None if world is None else ActingSetup.of(world, policy, config.data)
     tokenize = _tokenizer(policy, config, acting_setup, resumption)
     supervised = None if given_rows is None else supervised_steps(given_rows, config, policy)
-    prompt_ids = tokenize(dataset) if is_sampled or supervised is None else supervised.prompt_ids
+    dataset, prompt_ids = _told(dataset, None if is_sampled else supervised, tokenize)
     check_engine_inputs(config, policy, dataset, prompt_ids, acts=acting_setup is not None)
     trained = dataset if is_sampled else None
     sets = finished_sets(held_out, config, trained_on=trained, rewards=rewards, acting=world, tokenize=tokenize)
@@ -177,7 +177,7 @@ def load_inputs(
         rewards=rewards,
         longest_prompt=longest,
         acting_setup=acting_setup,
-        teacher=teacher_of(config.teacher, policy),
+        teachers=teachers_of(config.teacher, policy, dataset),
         calls=calls,
         total_steps=total_steps,
         description=_described(supervised, trained, prompt_ids, sets, policy),
@@ -196,6 +196,17 @@ def _begin(config: RunConfig, *, resume: bool) -> tuple[Policy, str, RunConfig, 
     if not resume:
         policy.check_stop_ids()
     return policy, fingerprint, _dated(config, policy, begins=not resume), notices
+
+
+def _told(
+    dataset: PromptDataset,
+    supervised: SupervisedSteps | None,
+    tokenize: Callable[[PromptDataset], list[tuple[int, ...]]],
+) -> tuple[PromptDataset, list[tuple[int, ...]]]:
+    """What a run is about, with its prompts in ids: rows that are sampled, or else those that are learned."""
+    if supervised is None:
+        return dataset, tokenize(dataset)
+    return supervised.dataset, [example.prompt_ids for example in supervised.examples]
 
 
 def _tokenizer(

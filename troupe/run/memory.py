@@ -216,7 +216,7 @@ def _phases(config: RunConfig, work: Workload, choice: _Choice) -> dict[str, dic
     if choice.overlap:
         written = weights if is_free else held["policy versions"]
         held["checkpoint being written"] = written + held["optimizer state"]
-    held |= {} if work.teacher is None else {"teacher": teacher_bytes(work.teacher)}
+    held |= {"teacher": sum(map(teacher_bytes, work.teachers))} if work.teachers else {}
     processes = _processes(config, work)
     if processes:
         versions = held["policy versions"] + (weights if evaluates and not work.sessions else 0)

@@ -148,13 +148,13 @@ def _environment(wiring: Wiring, ledgers: Ledgers, conversations: Conversations)
 
 def _teacher(prepared: Prepared, wiring: Wiring, ledgers: Ledgers) -> Callable[[], Actor]:
     assert wiring.teaching is not None
-    assert prepared.inputs.teacher is not None
+    assert prepared.inputs.teachers is not None
     return partial(
         Teacher,
         wiring.teaching.teacher,
         wiring.rollouts,
         device=ledgers.devices["teacher"],
-        teach=prepared.inputs.teacher.forward(prepared.config.generation.temperature).taught,
+        teach=prepared.inputs.teachers.forward(prepared.config.generation.temperature).taught,
         recorded=ledgers.recorded,
         report=wiring.reporters["teacher"],
     )

@@ -56,7 +56,7 @@ def place_run(inputs: Inputs, machine: Machine) -> Plan:
         evaluates=max((each.settings.generation(config.generation).num_generations for each in inputs.sets), default=0),
         ranks=ranks_of(config, machine),
         beside=_beside(config, machine),
-        teacher=None if inputs.teacher is None else inputs.teacher.work,
+        teachers=() if inputs.teachers is None else inputs.teachers.works,
         **_of_episodes(config, inputs),
     )
     return _told(plan_memory(config, work), inputs.config, machine)

@@ -83,7 +83,7 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
 
     def without_arrays(self) -> Prepared:
         """What is to be known once a run goes on by itself, which keeps the arrays that it needs."""
-        return msgspec.structs.replace(self, start=self.start.without_arrays(), inputs=self.inputs.without_teacher())
+        return msgspec.structs.replace(self, start=self.start.without_arrays(), inputs=self.inputs.without_teachers())
 
     @property
     def live(self) -> Live:

@@ -16,14 +16,18 @@ def teacher_bytes(teacher: TeacherWork) -> int:
 
 
 def teaching_bytes(config: RunConfig, work: Workload) -> dict[str, int]:
-    """The forward pass, by its name; nothing where there is no teacher. Of as many completions of full length as are
-    computed at a time, behind the longest prompt, or the longest history that an episode is told anew with."""
-    if (teacher := work.teacher) is None:
+    """The forward pass, by its name, of several teachers the largest; nothing where there is none. Of as many
+    completions of full length as are computed at a time, behind the longest prompt, or the longest history that an
+    episode is told anew with."""
+    if not work.teachers:
         return {}
     T, G = config.generation.max_completion_length, config.generation.num_generations
     longest = max(work.longest_prompt, work.longest_history or 0)
     rows = max(1, min(G, MOST_PLACES // (longest + T)))
     prompts = 1 if work.longest_history is None else rows
     piece = MicroBatch(prompts=prompts, prompt_length=longest, rows=rows, completion_length=T)
-    needed = forward_memory_bytes(teacher.network, teacher.dtype, piece, on_cpu=work.on_cpu, adapter=teacher.adapter)
-    return {"teacher's forward pass": needed}
+    needed = (
+        forward_memory_bytes(teacher.network, teacher.dtype, piece, on_cpu=work.on_cpu, adapter=teacher.adapter)
+        for teacher in work.teachers
+    )
+    return {"teacher's forward pass": max(needed)}

@@ -52,7 +52,7 @@ class Workload(NamedTuple):
     beside: int | None = None
     """Processes of the generator that share the memory of rank 0, where others do not; the plan is that of its card,
     which has the most."""
-    teacher: TeacherWork | None = None
+    teachers: tuple[TeacherWork, ...] = ()
     supervised: SupervisedRowSizes | None = None
     """None: all is sampled."""
     evaluates: int = 0

@@ -118,6 +118,48 @@ def test_an_adapter_of_the_policys_own_base_teaches_without_a_second_base(tmp_pa
         assert (abs(divergence) > 1e-3) == differs, "a new adapter is its base, which has nothing to teach it"
 
 
+def several(tmp_path: Path, model: Path, teacher: Path, who: list[str | None], **settings: Any) -> RunConfig:
+    """Rows that name the model itself, or another; `who`: of each row."""
+    models = [{"name": "itself", "path": str(model)}, {"name": "other", "path": str(teacher)}]
+    config = config_of(
+        model,
+        tmp_path,
+        teacher,
+        **{"teacher__path": None, "teacher__models": models, "teacher__column": "who"} | settings,
+    )
+    rows = [
+        {"prompt": "abcd"[: 2 + i % 3], "answer": "1"} | ({"who": name} if name else {}) for i, name in enumerate(who)
+    ]
+    Path(str(config.data.path)).write_text(json.dumps(rows), encoding="utf-8")
+    return config
+
+
+@SLOW
+def test_rows_name_their_teachers(tmp_path: Path, ragged_model: Path, teacher: Path) -> None:
+    found = []
+    for name in ("itself", "other"):
+        config = several(tmp_path / name, ragged_model, teacher, [name, name], learner__max_steps=1)
+        [divergence] = column(troupe.train(config, [weigh_ids]).folder, "teacher/kl")
+        found.append(abs(divergence))
+    assert found[0] < 1e-4 < 1e-1 < found[1], "a policy is its own teacher before it has learned"
+    config = several(
+        tmp_path, ragged_model, teacher, ["itself", None], teacher__path=str(teacher), learner__max_steps=1
+    )
+    assert troupe.train(config, [weigh_ids]).incidents == {}
+
+
+def test_rows_that_name_nobody_who_is_there_are_refused(tmp_path: Path, ragged_model: Path, teacher: Path) -> None:
+    for who, told in (
+        (["itself", "nobody"], "row 1 names the teacher 'nobody' .*has 'itself', 'other'"),
+        (["itself", None], "row 1 names no teacher, and there is no teacher.path"),
+        ([None, None], "has no column 'who'"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            troupe.train(several(tmp_path, ragged_model, teacher, list(who)), [weigh_ids])
+    with pytest.raises(ConfigError, match="the name 'a' twice"):
+        config_of(ragged_model, tmp_path, teacher, teacher__models=[{"name": "a", "path": "x"}] * 2)
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no path": ({"teacher__path": None, "teacher__coef": 0.5}, "teacher.path is missing"),
     "whole completions": ({"learner__loss_type": "gmpo"}, 'loss_type is "gmpo", which weighs whole'),

@@ -1,7 +1,8 @@
 """The teacher's log-probs of a group: functions of the group and of the teacher's weights alone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 
@@ -52,6 +53,24 @@ class TeacherForward:
         ids = row.token_ids
         first = next((place for place, id_ in enumerate(ids) if id_ >= self.config.vocab_size), len(ids))
         return ids[:first]
+
+
+@dataclass(frozen=True)
+class Teachers:
+    """Several of them, by the name that a row has in a column; "" is for rows that name none."""
+
+    by_name: Mapping[str, TeacherForward]
+    column: str
+
+    def taught(self, group: RolloutGroup) -> RolloutGroup:
+        """The group with `teacher_log_probs` of its own teacher."""
+        return self.by_name[named_in(group.prompt.columns, self.column)].taught(group)
+
+
+def named_in(columns: Mapping[str, Any], column: str) -> str:
+    """The teacher that a row names; "" where it names none."""
+    name = columns.get(column)
+    return "" if name is None else str(name)
 
 
 def with_log_probs(group: RolloutGroup, log_probs: Sequence[tuple[float, ...]]) -> RolloutGroup:

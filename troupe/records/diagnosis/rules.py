@@ -139,7 +139,7 @@ def _entropy_collapse(of: History) -> Found | None:
 
 def _no_signal(of: History) -> Found | None:
     part = of.mean("frac_reward_zero_std")
-    if part is None or part < NO_SIGNAL or _goes_well(of) or of.setting("teacher.path"):
+    if part is None or part < NO_SIGNAL or _goes_well(of) or _is_taught(of):
         return None
     reward = of.mean("reward")
     told = "" if reward is None else f", at a mean reward of {reward:.3f}"
@@ -244,9 +244,14 @@ def _has_curriculum(of: History) -> bool:
     return bool(of.setting("curriculum.enabled", False))
 
 
+def _is_taught(of: History) -> bool:
+    """Whether a teacher is learned from, too, who tells completions of equal rewards apart."""
+    return bool(of.setting("teacher.path") or of.setting("teacher.models"))
+
+
 def _ignores_rewards(of: History) -> bool:
     """Whether a teacher alone is learned from."""
-    return bool(of.setting("teacher.path")) and of.setting("teacher.reward_coef", 1.0) == 0.0
+    return _is_taught(of) and of.setting("teacher.reward_coef", 1.0) == 0.0
 
 
 def _chance(of: History) -> float:

@@ -65,7 +65,7 @@ SETTLED_BY_CONTENTS = (
     "data.system_prompt",
 )
 _SAMPLED = re.compile(
-    r"generation\..+|data\..+|rewards\.functions|teacher\.(path|dtype)|environment\..+|curriculum\.enabled"
+    r"generation\..+|data\..+|rewards\.functions|teacher\.(path|models|column|dtype)|environment\..+|curriculum\.enabled"
 )
 """Keys of which it depends what is sampled, what scores it gets, and what a teacher says of it."""
 

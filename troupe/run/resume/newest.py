@@ -59,7 +59,7 @@ def newest_checkpoint(
         _check_same_policy(folder, found, policy, config)
         if "rewards.functions" not in allowed:
             _check_rewards(folder, found.state, identity.rewards)
-        if "teacher.path" not in allowed:
+        if not {"teacher.path", "teacher.models"} & allowed:
             _check_teacher(folder, found.made.teacher, identity.teacher)
         if resumption is not None and resumption.samples_anew:
             notices.append("groups that were sampled and not trained on yet are sampled once more")
@@ -179,7 +179,7 @@ def _check_teacher(folder: Path, before: str, now: str) -> None:
     """CheckpointError where another one lies now where the run's teacher was."""
     if before and now and before != now:
         raise CheckpointError(
-            f"{folder}: the run has learned from another teacher than the one now in teacher.path, whose "
+            f"{folder}: the run has learned from another teacher than the one named now, whose "
             "configuration, tokenizer or weights differ; restore it, or allow the other by --allow-change teacher.path"
         )
 
