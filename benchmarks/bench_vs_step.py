@@ -15,7 +15,8 @@ vocabulary ends a completion, so nearly all run to their limit. The interpreters
 install torch==2.13.0 trl==1.16.0`, and `python -m venv lora && lora/bin/pip install "mlx[cpu]==0.32.4"
 mlx-lm-lora==5.10.2`.
 
-Prints a JSON line a run (seconds a step, without the first) and one that compares: medians over the rounds, and the
+Prints a JSON line a run (seconds a step, without the first; `cpu_s`: what all processors together worked for it from
+start to end, for machines on which other work takes turns) and one that compares: medians over the rounds, and the
 ratio of each peer to ours, round by round, so that what else the machine does meets all sides alike.
 """
 
@@ -26,6 +27,7 @@ import json
 import os
 import platform
 import random
+import resource
 import shutil
 import statistics
 import subprocess
@@ -126,12 +128,14 @@ def run(side: str, command: list[str], folder: Path, threads: int | None) -> dic
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     if threads:
         environment |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([*command, str(result)], env=environment, capture_output=True, text=True, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
         raise RuntimeError(f"{side} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
     found = json.loads(result.read_text(encoding="utf-8"))
     ends_s = found["ended_s"]
-    steps_s = [after - before for before, after in pairwise(ends_s)]
+    steps_s = [end - start for start, end in pairwise(ends_s)]
     ours = {
         name: round(statistics.median(metrics[name] for metrics in found["metrics"][1:]), 3)
         for name in ("learn_time", "peak_memory_gb")
@@ -142,6 +146,7 @@ def run(side: str, command: list[str], folder: Path, threads: int | None) -> dic
         "side": side,
         "step_s": round(statistics.median(steps_s), 3),
         "steps_s": [round(each, 3) for each in steps_s],
+        "cpu_s": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1),
         **ours,
         "versions": found["versions"],
     }
@@ -159,6 +164,7 @@ def compared(rounds: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
         ratios = [found[side]["step_s"] / found["troupe"]["step_s"] for found in rounds]
         figures[f"{side}_over_troupe"] = round(statistics.median(ratios), 3)
         figures[f"{side}_ratios"] = [round(each, 3) for each in ratios]
+        figures[f"{side}_cpu_ratios"] = [round(found[side]["cpu_s"] / found["troupe"]["cpu_s"], 3) for found in rounds]
     return figures
 
 

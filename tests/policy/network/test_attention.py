@@ -121,6 +121,19 @@ def test_blocks_by_hand() -> None:
     assert first.padding.shape == (2, 1, 60, 1)
 
 
+def test_masks_of_all_blocks_take_memory_by_the_keys_not_by_their_square() -> None:
+    real = mx.ones((3, 2000), mx.bool_)
+    mx.eval(real)
+    before = mx.get_active_memory()
+    among = query_blocks(1990, 2000, 2, real)
+    mx.eval([(block.causal, block.padding) for block in among])
+    assert [block.causal.shape[0] for block in among] == [block.keys for block in among]
+    size = block_size(1990)
+    assert len(among) == 31
+    assert among[-1].stop - among[-1].start < size, "the last block is another size, and has a mask of its own"
+    assert mx.get_active_memory() - before < 1.1 * (2 * 2000 * 2 * size + 3 * 2000) * 4
+
+
 def rectangles(R: int, H: int, K: int, S: int) -> list[mx.array]:
     """Queries, keys, values, and a cotangent of what comes out."""
     keys = mx.random.split(mx.random.key(S), 4)

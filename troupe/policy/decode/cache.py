@@ -18,7 +18,7 @@ import mlx.core as mx
 from troupe.policy.decode.apart import attend_apart
 from troupe.policy.decode.states import PromptStates, RowStates
 from troupe.policy.network.architecture import NetworkConfig
-from troupe.policy.network.attention import Places, attention_in_blocks, attention_mask, block_size, query_blocks
+from troupe.policy.network.attention import Places, attention_block_by_block, attention_mask, query_blocks
 from troupe.policy.network.delta import DeltaInputs, DeltaSizes
 from troupe.policy.network.elementwise import is_fast_here, is_on_cpu
 from troupe.policy.network.forward import WholeRows, hidden_states
@@ -133,21 +133,12 @@ class PiecedPromptCache(PromptCache):
         if not is_on_cpu():
             mask = attention_mask(T, S, window)
             return mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask=mask)
-        found = []
-        for start in range(0, T, size := block_size(T)):
-            stop = min(start + size, T)
-            seen = S - T + stop
-            first = 0 if window is None else max(0, seen - (stop - start) + 1 - window)  # what no query is too far from
-            places = None
-            if window is not None and window < seen:
-                at = mx.arange(first, seen)[None]
-                places = Places(at[:, start - stop :], at, window)
-            among = query_blocks(stop - start, seen - first, heads_per_key, places=places)
-            there = slice(first, seen)
-            part = attention_in_blocks(q[:, :, start:stop], keys[:, :, there], values[:, :, there], scale, among)[0]
-            mx.eval(part)  # MLX runs some operations ahead, each of which would hold the scores of a block
-            found.append(part)
-        return mx.concatenate(found, axis=2)
+        places = None
+        if window is not None and window < S:
+            at = mx.arange(S)[None]
+            places = Places(at[:, -T:], at, window)
+        among = query_blocks(T, S, heads_per_key, places=places)
+        return attention_block_by_block(q, keys, values, scale, among, window)
 
     def recur(self, layer: int, inputs: DeltaInputs, sizes: DeltaSizes) -> mx.array:
         return self.states.recur(layer, inputs, sizes, self.offset)

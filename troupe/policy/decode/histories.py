@@ -5,7 +5,6 @@ the states of gated delta nets. What stands in the padding are numbers, but they
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -16,7 +15,7 @@ from troupe.policy.network.attention import (
     PORTION,
     Places,
     QueryBlock,
-    attention_in_blocks,
+    attention_block_by_block,
     block_size,
     query_blocks,
 )
@@ -100,15 +99,6 @@ def reading_portions(kept: Sequence[int], more: Sequence[int], heads: int) -> li
     return found
 
 
-class _Block(NamedTuple):
-    """Of new tokens those that are computed together, [start, stop), and how many places they may see."""
-
-    start: int
-    stop: int
-    seen: int
-    among: list[QueryBlock]
-
-
 class HistoryCache(PromptCache):
     """Attention of new tokens, padded on the right, to what each row holds and to themselves. They are kept."""
 
@@ -118,7 +108,7 @@ class HistoryCache(PromptCache):
         self.offset = mx.array(held.lengths, dtype=mx.int32)
         self.states.go_on(held.states, more)
         self._held, self._gap = held, _Gap(held.lengths, more)
-        self._blocks: dict[int | None, list[_Block]] = {}
+        self._blocks: dict[int | None, list[QueryBlock]] = {}
 
     def attend(
         self, layer: int, q: mx.array, k: mx.array, v: mx.array, scale: float, window: int | None = None
@@ -137,15 +127,11 @@ class HistoryCache(PromptCache):
     def _attended(self, q: mx.array, keys: mx.array, values: mx.array, scale: float, window: int | None) -> mx.array:
         (B, H, T, _), S = q.shape, keys.shape[2]
         window = None if window is None or window >= S else window
-        found = []
         if is_on_cpu():
             if window not in self._blocks:
                 self._blocks[window] = self._query_blocks(T, S, H // keys.shape[1], window)
-            for start, stop, seen, among in self._blocks[window]:
-                there = keys[:, :, :seen], values[:, :, :seen]
-                found.append(attention_in_blocks(q[:, :, start:stop], *there, scale, among)[0])
-                mx.eval(found[-1])  # as for prompts in pieces
-            return mx.concatenate(found, axis=2)
+            return attention_block_by_block(q, keys, values, scale, self._blocks[window])
+        found = []
         new, history, is_there = self._positions(T, S)
         at = mx.concatenate([mx.where(is_there, history, _NOWHERE), new], axis=1)[:, None, None, :]
         for start in range(0, T, size := max(1, PORTION // (B * H * S))):
@@ -159,18 +145,11 @@ class HistoryCache(PromptCache):
                 mx.eval(found[-1])  # the scores of one part after the other
         return found[0] if len(found) == 1 else mx.concatenate(found, axis=2)
 
-    def _query_blocks(self, T: int, S: int, heads_per_key: int, window: int | None) -> list[_Block]:
+    def _query_blocks(self, T: int, S: int, heads_per_key: int, window: int | None) -> list[QueryBlock]:
         new, history, is_there = self._positions(T, S)
         real = mx.concatenate([is_there, new >= 0], axis=1) if min(self._held.lengths) < S - T else None
         at = mx.concatenate([mx.broadcast_to(history, is_there.shape), new], axis=1)
-        found = []
-        for start in range(0, T, size := block_size(T)):
-            stop = min(start + size, T)
-            seen = S - T + stop
-            places = None if window is None else Places(new[:, start:stop], at[:, :seen], window)
-            there = None if real is None else real[:, :seen]
-            found.append(_Block(start, stop, seen, query_blocks(stop - start, seen, heads_per_key, there, places)))
-        return found
+        return query_blocks(T, S, heads_per_key, real, None if window is None else Places(new, at, window))
 
     def _positions(self, T: int, S: int) -> tuple[mx.array, mx.array, mx.array]:
         """Of new tokens (B, T), of places of histories (S − T,), and which of the latter have a token (B, S − T)."""

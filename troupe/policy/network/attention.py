@@ -48,10 +48,10 @@ class Places(NamedTuple):
     """(B or 1, S), int32."""
     window: int
 
-    def part(self, start: int, stop: int, keys: int, heads_per_key: int) -> mx.array:
-        """Which keys of a block are too far back, bools (B or 1, 1, s, H/K·b)."""
+    def part(self, start: int, stop: int, keys: int, heads_per_key: int, first: int = 0) -> mx.array:
+        """Which keys of a block, from `first` on, are too far back, bools (B or 1, 1, s, H/K·b)."""
         queries = mx.tile(self.queries[:, start:stop], (1, heads_per_key))
-        return self.keys[:, None, :keys, None] <= queries[:, None, None, :] - self.window
+        return self.keys[:, None, first:keys, None] <= queries[:, None, None, :] - self.window
 
 
 class QueryBlock(NamedTuple):
@@ -64,8 +64,14 @@ class QueryBlock(NamedTuple):
     """Added to the scores, float32 (s, H/K·b): 0, or −∞ where a key comes after the query."""
     padding: mx.array | None
     """The same where a key stands for nothing, (B, 1, s, 1); None where there is no such key."""
-    far: Callable[[], mx.array] | None = None
-    """Makes what tells which keys are too far back, bools (B or 1, 1, s, H/K·b); None: none is."""
+    far: Callable[..., mx.array] | None = None
+    """Makes what tells which keys (from `first` on) are too far back, bools (B or 1, 1, s, H/K·b); None: none is."""
+
+    def alone(self, first: int) -> "QueryBlock":
+        """The same where there are only these queries, and the keys from `first` on."""
+        padding = None if self.padding is None else self.padding[:, :, first:]
+        far = None if self.far is None else partial(self.far, first=first)
+        return QueryBlock(0, self.stop - self.start, self.keys - first, self.causal[first:], padding, far)
 
 
 def query_blocks(
@@ -74,15 +80,24 @@ def query_blocks(
     """For T queries, the last of S tokens. `real`, bools (B, S): which keys count; each query must see one at least.
     `places`: where tokens see back only so far."""
     size = block_size(T)
+    whole_blocks = T // size * size
+    causal = _causal(S - T + whole_blocks, size, heads_per_key)
+    padding = None if real is None else _bias(real[:, None, :, None])
     found = []
     for start in range(0, T, size):
         stop = min(start + size, T)
         keys = S - T + stop
-        sees = mx.arange(keys)[:, None] <= mx.arange(S - T + start, keys)
-        padding = None if real is None else _bias(real[:, None, :keys, None])
+        sees = causal[whole_blocks - stop :] if stop <= whole_blocks else _causal(keys, stop - start, heads_per_key)
+        counts = None if padding is None else padding[:, :, :keys]
         far = None if places is None else partial(places.part, start, stop, keys, heads_per_key)
-        found.append(QueryBlock(start, stop, keys, mx.tile(_bias(sees), (1, heads_per_key)), padding, far))
+        found.append(QueryBlock(start, stop, keys, sees, counts, far))
     return found
+
+
+def _causal(keys: int, queries: int, heads_per_key: int) -> mx.array:
+    """`QueryBlock.causal` of the last `queries` of so many keys. Its last rows serve as many queries of fewer keys: all
+    blocks of a size share one array, which grows with the keys and not with their square."""
+    return mx.tile(_bias(mx.arange(keys)[:, None] <= mx.arange(keys - queries, keys)), (1, heads_per_key))
 
 
 def attention_mask(T: int, S: int, window: int | None) -> mx.array | str:
@@ -115,6 +130,22 @@ def attention_in_blocks(
         normalizers.append(_whole((peak + mx.log(total)).swapaxes(-1, -2), block, H))
         k, v = mx.depends([k, v], [outputs[-1]])  # one block after the other, or all scores would be held at once
     return _joined(outputs, 3).reshape(B, H, T, d), _joined(normalizers, 3).reshape(B, H, T)
+
+
+def attention_block_by_block(
+    q: mx.array, k: mx.array, v: mx.array, scale: float, among: Sequence[QueryBlock], window: int | None = None
+) -> mx.array:
+    """What `attention_in_blocks` gives first, each block computed before the next is begun: MLX runs ahead, and would
+    hold the scores of several. `window`: where all rows have the same places, keys that no query of a block sees are
+    left out."""
+    found = []
+    for block in among:
+        first = 0 if window is None else max(0, block.keys - (block.stop - block.start) + 1 - window)
+        seen = slice(first, block.keys)
+        part = q[:, :, block.start : block.stop], k[:, :, seen], v[:, :, seen]
+        found.append(attention_in_blocks(*part, scale, [block.alone(first)])[0])
+        mx.eval(found[-1])
+    return _joined(found, 2)
 
 
 def gradient_in_blocks(
