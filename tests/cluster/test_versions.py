@@ -274,6 +274,15 @@ def test_a_board_is_followed_and_a_new_server_gets_everything_again(tmp_path: Pa
             assert sorted(pair.publisher.there) == ([1, 2] if every else [2])
             assert pair.broker.stored["r1.w.setup.0"] == b"how to work"
             await pair.check(2)
+            board.hold({0: version(0)})
+            await until(lambda: 0 in pair.publisher.there)
+            await pair.check(0)
+            board.publish(3, version(3))
+            await until(lambda: pair.publisher.newest == 3)
+            assert 0 in pair.publisher.there, "as long as it is evaluated"
+            await pair.check(3)
+            board.hold({})
+            await until(lambda: 0 not in pair.publisher.there)
             tasks.cancel_scope.cancel()
 
     drive(tmp_path, test)

@@ -74,6 +74,18 @@ def test_what_is_kept_is_a_copy() -> None:
     assert kept == {0: "w0"}
 
 
+async def test_what_is_held_is_there_whatever_is_published() -> None:
+    board: PolicyBoard[str] = PolicyBoard(0)
+    board.publish(0, "w0")
+    board.hold({0: "w0"})
+    board.publish(1, "w1")
+    assert (board.kept, board.version, await board.get(0)) == ({0: "w0", 1: "w1"}, 1, "w0")
+    board.hold({})
+    assert board.kept == {1: "w1"}
+    with pytest.raises(LookupError):
+        await board.get(0)
+
+
 def test_credits_count_live_groups() -> None:
     credit = Credits(2)
     credit.take(10)

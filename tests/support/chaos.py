@@ -34,7 +34,7 @@ from troupe.rewards import Reward, RewardManager, RewardsConfig
 from troupe.run.supervisor import Supervisor
 from troupe.runtime.mailbox import ChannelStats
 
-FAULTY = ("prompter", "generator", "environment", "scorer", "evaluator", "checkpointer", "metrics")
+FAULTY = ("prompter", "generator", "environment", "teacher", "scorer", "evaluator", "checkpointer", "metrics")
 """Actors that are restarted when they fail."""
 EVALUATING = ("generator", "evaluator", "checkpointer")
 """Whose faults may be those of the evaluator."""

@@ -169,15 +169,15 @@ class Cluster:
                 os.kill(pid, what)
         worker.send_signal(what)
 
-    def parts_by_member(self) -> dict[str, int]:
-        """Worker → parts that it decoded, by the run's timeline."""
+    def parts_by_member(self, told_as: str = "generate") -> dict[str, int]:
+        """Worker → parts that it decoded, by the run's timeline. `told_as`: `evaluate` for those of evaluations."""
         events = json.loads((self.out / "trace.json").read_bytes())
         names = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
         return dict(
             Counter(
                 names[e["pid"]]
                 for e in events
-                if e["ph"] == "X" and e["name"] == "generate" and e["pid"] in names and names[e["pid"]] in self.workers
+                if e["ph"] == "X" and e["name"] == told_as and e["pid"] in names and names[e["pid"]] in self.workers
             )
         )
 

@@ -171,9 +171,9 @@ class PromptSchedule:
             slot=slot,
             epoch=epoch,
             row=row,
-            prompt=supervised.row(row).prompt,
+            prompt=supervised.dataset[row].prompt,
             prompt_ids=supervised.examples[row].prompt_ids,
-            columns=supervised.row(row).columns,
+            columns=supervised.dataset[row].columns,
             round_size=self.batch_size,
         )
 

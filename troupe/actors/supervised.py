@@ -7,6 +7,7 @@ learned stands where it will be sampled.
 """
 
 import itertools
+from array import array
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
@@ -49,8 +50,8 @@ class Example(msgspec.Struct, frozen=True, kw_only=True):
     """One row in ids."""
 
     prompt_ids: Told
-    token_ids: Told
-    """What follows on the prompt."""
+    tokens: "array[int]"
+    """What follows on the prompt; packed, as there may be many rows."""
     observed: tuple[tuple[int, int], ...] = ()
     """Of `token_ids`, what is read and not learned."""
     rows: tuple[RowStart, ...] = ()
@@ -59,13 +60,18 @@ class Example(msgspec.Struct, frozen=True, kw_only=True):
     is_cut: bool = False
 
     @property
+    def token_ids(self) -> Told:
+        """What follows on the prompt."""
+        return tuple(self.tokens)
+
+    @property
     def longest_history(self) -> int:
         """Tokens of the longest prompt amid it; 0: there is none."""
         return max((len(row.prompt_ids) for row in self.rows), default=0)
 
     def group(self, prompt: Prompt) -> ScoredGroup:
         """The group that has it for its completion."""
-        T = len(self.token_ids)
+        T = len(self.tokens)
         zeros = (0.0,) * T
         rollout = Rollout(
             token_ids=self.token_ids,
@@ -123,13 +129,14 @@ class Telling:
         self._limit = min(config.max_length or positions, positions)
         self._variables = {name: value for name, value in variables.items() if name != "continue_final_message"}
 
-    def examples(self, rows: SupervisedRows) -> list[Example]:
-        """One a row. DatasetError, naming it, for a row of which nothing can be learned, or that is too long."""
+    def examples(self, rows: SupervisedRows) -> list[Example | None]:
+        """One a row; None where nothing that is learned is left of it within `sft.max_length`. DatasetError, naming it,
+        for a row that cannot be learned, or is too long."""
         return [
             self._example(row, said, rows.dataset.source) for row, said in zip(rows.dataset, rows.said, strict=True)
         ]
 
-    def _example(self, row: PromptRow, said: Said, source: str) -> Example:
+    def _example(self, row: PromptRow, said: Said, source: str) -> Example | None:
         where = f"{source}: row {row.row}" if row.line is None else f"{source}:{row.line}"
         try:
             segments = self._of_text(row, said) if isinstance(said, str) else self._of_messages(row, said)
@@ -143,12 +150,7 @@ class Telling:
                 "give sft.max_length, at which rows are cut"
             )
         kept = [each for each in (each.cut(self._limit) for each in segments) if any(each.own)]
-        if not kept:
-            raise DatasetError(
-                f"{where}: the {self._limit} tokens that are kept of it (sft.max_length) end before anything that is "
-                "learned; raise that, or remove the row"
-            )
-        return _joined(kept, _text_of(said, self._tokenizer, kept), is_cut=longest > self._limit)
+        return None if not kept else _joined(kept, _text_of(said, self._tokenizer, kept), is_cut=longest > self._limit)
 
     def _of_text(self, row: PromptRow, said: str) -> list[_Segment]:
         prompt_ids = encode_prompt(self._tokenizer, row.prompt)
@@ -246,7 +248,7 @@ def _joined(segments: Sequence[_Segment], text: str, *, is_cut: bool) -> Example
         tokens += each.token_ids
     return Example(
         prompt_ids=segments[0].prompt_ids,
-        token_ids=tuple(tokens),
+        tokens=array("i", tokens),
         observed=tuple(observed),
         rows=tuple(rows),
         text=text,
@@ -274,33 +276,21 @@ class SupervisedSteps:
         steps: int,
         batch_size: int,
         order: Callable[[int], Sequence[int]],
+        left_out: int = 0,
     ) -> None:
-        """`order`: epoch → permutation of the rows."""
-        self.steps, self.examples = steps, examples
-        self._dataset, self._batch_size, self._order = dataset, batch_size, order
+        """`order`: epoch → permutation of the rows. `left_out`: how many others there are, of which nothing is
+        learned."""
+        self.steps, self.examples, self.left_out = steps, examples, left_out
+        self.dataset, self._batch_size, self._order = dataset, batch_size, order
 
     def place(self, number: int) -> tuple[int, int]:
         """Epoch and row of the element of the stream that stands at step · P + place."""
-        epoch, position = divmod(number, len(self._dataset))
+        epoch, position = divmod(number, len(self.dataset))
         return epoch, self._order(epoch)[position]
-
-    def row(self, row: int) -> PromptRow:
-        """What the dataset has."""
-        return self._dataset[row]
-
-    @property
-    def source(self) -> str:
-        """Of the rows."""
-        return self._dataset.source
-
-    @property
-    def prompt_ids(self) -> list[Told]:
-        """One a row."""
-        return [each.prompt_ids for each in self.examples]
 
     def epoch(self, version: int) -> float:
         """How often rows have been seen."""
-        return version * self._batch_size / len(self._dataset)
+        return version * self._batch_size / len(self.dataset)
 
     @property
     def longest_prompt(self) -> int:
@@ -319,10 +309,10 @@ class SupervisedSteps:
 
     @property
     def cut(self) -> int:
-        """Rows of which something is left out."""
+        """Rows of which something is missing."""
         return sum(each.is_cut for each in self.examples)
 
 
 def _longest_row(example: Example) -> int:
-    edges = [0, *(row.start for row in example.rows), len(example.token_ids)]
+    edges = [0, *(row.start for row in example.rows), len(example.tokens)]
     return max(stop - start for start, stop in itertools.pairwise(edges))

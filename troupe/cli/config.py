@@ -49,6 +49,10 @@ TRAIN_KEYS = {
     "devices": "schedule.devices",
 }
 """Parameter of `troupe train` → the key that it sets."""
+_NOT_IN_SFT = ("num_generations", "max_completion_length", "environment", "tools", "serve")
+SFT_KEYS = {name: key for name, key in TRAIN_KEYS.items() if name not in _NOT_IN_SFT} | {"max_length": "sft.max_length"}
+"""The same of `troupe sft`."""
+_KEYS = TRAIN_KEYS | SFT_KEYS
 _PLAIN_WORDS = {"output", "seed"}
 """Keys that a message may have as a word of its own."""
 _ABOUT = {"chat": "chat template"}
@@ -108,7 +112,7 @@ def _base_of(adapter: str) -> str | None:
 def flag_layers(flags: dict[str, Any]) -> list[Layer]:
     """What flags of `troupe train` say, each by itself."""
     layers = []
-    for parameter, key in TRAIN_KEYS.items():
+    for parameter, key in _KEYS.items():
         value = flags.get(parameter)
         if value is None or value is False or value == ():
             continue
@@ -132,7 +136,7 @@ def with_flag(error: InputError, flags: dict[str, Any]) -> InputError:
     message = str(error)
     if "\n" in message:  # a list of what differs, with its own remedies
         return error
-    for parameter, key in TRAIN_KEYS.items():
+    for parameter, key in _KEYS.items():
         value, flag = flags.get(parameter), _flag(parameter)
         if value is None or value is False or value == () or flag in message:
             continue

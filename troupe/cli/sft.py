@@ -6,20 +6,10 @@ from typing import Any
 import click
 
 from troupe.cli.commands import Command, report_errors
-from troupe.cli.config import TRAIN_KEYS, tell_policy_of_run, train_config
+from troupe.cli.config import SFT_KEYS, tell_policy_of_run, train_config
 from troupe.cli.train import carry_out
 from troupe.errors import InputError
 from troupe.runtime.outlets import unhurried
-
-_FLAGS = (
-    "model", "lora", "adapter", "dataset", "prompt_column", "chat", "eval_data", "output", "lr", "epochs", "batch_size",
-    "max_steps", "seed", "memory_limit", "devices",
-)  # fmt: skip
-SFT_KEYS = {name: TRAIN_KEYS[name] for name in _FLAGS} | {
-    "max_length": "sft.max_length",
-    "rewards": "rewards.functions",
-}
-"""Parameter of `troupe sft` → the key that it sets."""
 
 
 @click.command(cls=Command, keys=SFT_KEYS, short_help="Learn the completions that rows have.")

@@ -112,7 +112,8 @@ class WeightsPublisher:
 
     async def follow(self, board: PolicyBoard[Weights], *, every: bool) -> None:
         """Publish what is on the board until cancelled: every version that it keeps (`every`), or always the newest
-        that there is when the one before is done. What the server has no room for is put again and again."""
+        that there is when the one before is done, and what it holds. What the server has no room for is put again and
+        again."""
         while True:
             seen = board.version
             try:
@@ -121,7 +122,7 @@ class WeightsPublisher:
                 await anyio.sleep(_LOOK_S)
                 continue
             except FullError as error:
-                await self._make_room(error, board.kept if every else [self.newest])
+                await self._make_room(error, board.kept if every else [self.newest, *board.held])
                 continue
             if self._full:
                 self._full = False
@@ -158,7 +159,7 @@ class WeightsPublisher:
                     raise
             if self._bus.epoch != epoch:
                 raise NoAnswer(version_subject(self._run, version), "lost", "the server was started anew")
-            if head.base is None and self._full_every > 1:
+            if head.base is None and self._full_every > 1 and (self._base is None or self._base[0] < version):
                 self._base = version, weights
             self._there[version] = head
             self._published.set()
@@ -197,11 +198,11 @@ class WeightsPublisher:
             pieces = await anyio.to_thread.run_sync(self._shelf[name])
             await put_blob(self._bus, stored_subject(self._run, name), _aside(in_chunks(pieces)))
             self._shelved.add(name)
-        kept = dict(board.kept)
-        for version in sorted(kept) if every else sorted(kept)[-1:]:
+        kept, held = dict(board.kept), board.held
+        for version in sorted(kept if every else {*sorted(kept)[-1:], *held}):
             if version not in self._there:
                 await self.publish(version, kept[version])
-        await self.keep(kept if every else sorted(self._there)[-_KEPT_FREE:])
+        await self.keep(kept if every else {*sorted(self._there)[-_KEPT_FREE:], *held})
 
     def _notice_epoch(self) -> None:
         if self._bus.epoch != self._epoch:

@@ -255,6 +255,7 @@ def _limits(config: RunConfig, policy: Policy, setup: Setup) -> ResultLimits:
         has_stop_strings=bool(generation.stop),
         acts=setup.acts is not None,
         experts=network.num_experts if setup.records_experts else 0,
+        sets=tuple((each.num_generations, each.max_completion_length) for each in setup.sets),
     )
 
 

@@ -5,7 +5,7 @@ from functools import partial
 
 from troupe.actors.evaluator.actor import Evaluator, SetWork
 from troupe.actors.evaluator.asking import Evaluations
-from troupe.actors.evaluator.decoding import Decoder, EvalSet, RowPrompts
+from troupe.actors.evaluator.decoding import CrewDecoder, Decoder, EvalSet, RowPrompts
 from troupe.actors.evaluator.ledger import EvaluationLedger
 from troupe.policy import Weights, opened_thought
 from troupe.run.decoders import make_decoder
@@ -22,14 +22,16 @@ def make_evaluator(
     """The maker of the actor; None where there is nothing to evaluate."""
     if wiring.evaluating is None:
         return None
-    report = wiring.reporters["evaluator"]
+    report, parts = wiring.reporters["evaluator"], wiring.evaluating.parts
     config, device = prepared.config, ledgers.devices["generator"]
     acting, held_out = prepared.inputs.acting_setup, prepared.inputs.sets
     conditions = prepared.inputs.conditions
     policy = prepared.start.policy.having({})  # not to keep the weights that the run begins with
     tokenizer, opened = policy.tokenizer, partial(opened_thought, policy.tokenizer)
 
-    def decoder(of: EvalSet) -> Decoder:
+    def decoder(number: int, of: EvalSet) -> Decoder:
+        if parts is not None:
+            return CrewDecoder(parts, number)
         generation = of.settings.generation(config.generation)
         engine = partial(
             factories.engine,
@@ -45,7 +47,7 @@ def make_evaluator(
 
     def sets() -> list[SetWork]:
         return [
-            SetWork(of, RowPrompts(of, number, opened), decoder(of), conditions[of.name].now)
+            SetWork(of, RowPrompts(of, number, opened), decoder(number, of), conditions[of.name].now)
             for number, of in enumerate(held_out)
         ]
 
@@ -58,6 +60,7 @@ def make_evaluator(
         written=ledgers.sinks.written,
         record=partial(ledgers.devices["checkpointer"].run, ledgers.evaluations.write, plain=True),
         aside=partial(ledgers.devices["checkpointer"].run, plain=True),
+        parts=parts,
         report=report,
     )
 

@@ -14,7 +14,7 @@ from troupe.actors.generator.wire import BaseSource, Setup
 from troupe.actors.schedule import ScheduleConfig
 from troupe.grpo import LearnerConfig
 from troupe.messages import Slot
-from troupe.policy import is_on_cpu
+from troupe.policy import GenerationConfig, is_on_cpu
 from troupe.run.acting import sessions_of
 from troupe.run.cluster import Hub
 from troupe.run.engines import engine_members
@@ -50,6 +50,7 @@ def make_generator(
             members=lambda: [source() for source in sources],
             parts=_parts(config.schedule) if config.schedule.mode == "pinned" else None,
             turns=None if acting is None else acting.turns,
+            rows=None if wiring.evaluating is None else wiring.evaluating.parts,
             **shared,
         )
     shared |= {
@@ -145,6 +146,7 @@ def _setups(prepared: Prepared, staleness: int, *, live: int) -> list[Setup]:
             policy=prepared.start.policy.config,
             base=base_source(prepared),
             generation=config.generation,
+            sets=_sets(prepared),
             stop_ids=tuple(sorted(prepared.start.policy.eos_ids)),
             tokenizer=str(prepared.inputs.source),
             tokenizer_files=prepared.start.policy.companions.files,
@@ -161,6 +163,15 @@ def _setups(prepared: Prepared, staleness: int, *, live: int) -> list[Setup]:
         )
         for number in range(processes)
     ]
+
+
+def _sets(prepared: Prepared) -> tuple[GenerationConfig, ...]:
+    """What rows of each set are completed with that members of the crew decode. Episodes are not: they are had where
+    the environments are."""
+    inputs = prepared.inputs
+    if inputs.acting_setup is not None:
+        return ()
+    return tuple(each.settings.generation(prepared.config.generation) for each in inputs.sets)
 
 
 def base_source(prepared: Prepared) -> BaseSource | None:

@@ -146,7 +146,7 @@ def load_inputs(
     acting_setup = None if world is None else ActingSetup.of(world, policy, config.data)
     tokenize = _tokenizer(policy, config, acting_setup, resumption)
     supervised = None if given_rows is None else supervised_steps(given_rows, config, policy)
-    prompt_ids = tokenize(dataset) if is_sampled or supervised is None else supervised.prompt_ids
+    dataset, prompt_ids = _told(dataset, None if is_sampled else supervised, tokenize)
     check_engine_inputs(config, policy, dataset, prompt_ids, acts=acting_setup is not None)
     trained = dataset if is_sampled else None
     sets = finished_sets(held_out, config, trained_on=trained, rewards=rewards, acting=world, tokenize=tokenize)
@@ -196,6 +196,17 @@ def _begin(config: RunConfig, *, resume: bool) -> tuple[Policy, str, RunConfig, 
     if not resume:
         policy.check_stop_ids()
     return policy, fingerprint, _dated(config, policy, begins=not resume), notices
+
+
+def _told(
+    dataset: PromptDataset,
+    supervised: SupervisedSteps | None,
+    tokenize: Callable[[PromptDataset], list[tuple[int, ...]]],
+) -> tuple[PromptDataset, list[tuple[int, ...]]]:
+    """What a run is about, with its prompts in ids: rows that are sampled, or else those that are learned."""
+    if supervised is None:
+        return dataset, tokenize(dataset)
+    return supervised.dataset, [example.prompt_ids for example in supervised.examples]
 
 
 def _tokenizer(

@@ -101,12 +101,14 @@ class Ledgers:
             prepared.start.evaluated,
             prepared.folder,
             {name: conditions.now() for name, conditions in prepared.inputs.conditions.items()},
+            hold=self.board.hold,
         )
         self.writer = _make_writer(prepared, factories, self, check_folder)
         self.files: WeightsFiles | None = None
         """Weights for the generator's processes, where it has any; close them at the end, too."""
         if schedule.generator == "process":
-            self.files = WeightsFiles(prepared.folder, at_once=schedule.max_staleness + 2)
+            evaluated = bool(prepared.inputs.sets)
+            self.files = WeightsFiles(prepared.folder, at_once=schedule.max_staleness + 2 + evaluated)
         self.hosts: list[Start] = []
         """Who starts the generator's first processes beside the learner's ranks."""
         working = ("generator", "learner", "checkpointer", *["teacher"] * config.teacher.is_on)

@@ -219,8 +219,9 @@ def _phases(config: RunConfig, work: Workload, choice: _Choice) -> dict[str, dic
     held |= {"teacher": sum(map(teacher_bytes, work.teachers))} if work.teachers else {}
     processes = _processes(config, work)
     if processes:
-        held[_VERSIONS_THERE] = processes * (held.get(BASE, 0) + held["policy versions"])
-        held[_ON_THE_WAY] = held["policy versions"]
+        versions = held["policy versions"] + (weights if evaluates and not work.sessions else 0)
+        held[_VERSIONS_THERE] = processes * (held.get(BASE, 0) + versions)
+        held[_ON_THE_WAY] = versions
     layouts = 2 if is_free and staleness else 1  # amid a completion, the token under way still has the one before
     is_idle = config.task == "sft" and not work.evaluates
     decoders = 0 if config.schedule.engines_alone or is_idle else max(processes, 1)
@@ -229,7 +230,7 @@ def _phases(config: RunConfig, work: Workload, choice: _Choice) -> dict[str, dic
         "decode": decoders * _decode_bytes(config, work, choice.prompts),
     }
     generating |= teaching_bytes(config, work)
-    if evaluates and processes:  # its rows are decoded beside them
+    if evaluates and processes and work.sessions:  # its episodes are decoded beside them
         generating["evaluation"] = work.laid_out_bytes + _decode_bytes(config, work, choice.prompts)
     held_while_learning = held | (generating if staleness or processes else {})
     adds_up = choice.micro_batches > 1 or learner.lanes > 1 or has_histories(work)

@@ -85,6 +85,7 @@ def build_pipeline(
         factories.mailbox,
         episodes=prepared.config.generation.num_generations if ledgers.conversations is not None else 0,
         evaluates=bool(prepared.inputs.sets),
+        by_crew=ledgers.files is not None and ledgers.conversations is None,
         teaches=prepared.config.teacher.is_on,
         supervised=prepared.inputs.supervised is not None,
     )

@@ -1,13 +1,14 @@
 """The supervised steps of a run: which rows they learn, and how many they are."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import msgspec
 
 from troupe.actors.schedule import count_steps
-from troupe.actors.supervised import SupervisedSteps, Telling
-from troupe.dataset import SupervisedRows
-from troupe.errors import ConfigError
+from troupe.actors.supervised import Example, SupervisedSteps, Telling
+from troupe.dataset import PromptDataset, SupervisedRows
+from troupe.errors import ConfigError, DatasetError
 from troupe.policy import Policy, Tokenizer
 from troupe.run.config import RunConfig
 
@@ -23,7 +24,8 @@ def read_supervised(config: RunConfig, first: int | None) -> SupervisedRows | No
 
 
 def supervised_steps(rows: SupervisedRows, config: RunConfig, policy: Policy) -> SupervisedSteps:
-    """The rows in ids, and how many steps have them. DatasetError for a row that cannot be learned."""
+    """The rows in ids, and how many steps have them. DatasetError for a row that cannot be learned, or where
+    there is none."""
     policy.check_stop_ids()
     telling = Telling(
         policy.tokenizer,
@@ -33,18 +35,30 @@ def supervised_steps(rows: SupervisedRows, config: RunConfig, policy: Policy) ->
         vocab_size=policy.config.vocab_size,
         variables=config.data.chat_template_kwargs,
     )
-    dataset, learner = rows.dataset, config.learner
+    learner, examples = config.learner, telling.examples(rows)
+    dataset, told = _kept(rows.dataset, examples), [each for each in examples if each is not None]
     if config.task == "sft":
         counted = {"epochs": learner.epochs, "max_steps": learner.max_steps}
     else:
         counted = {"epochs": 1, "max_steps": config.warm_start.steps}
     return SupervisedSteps(
         dataset,
-        telling.examples(rows),
+        told,
         steps=count_steps(dataset.in_all, batch_size=learner.batch_size, **counted),  # type: ignore[arg-type]
         batch_size=learner.batch_size,
         order=lru_cache(maxsize=4)(lambda epoch: dataset.order(config.seed, epoch, shuffle=config.data.shuffle)),
+        left_out=len(examples) - len(told),
     )
+
+
+def _kept(dataset: PromptDataset, examples: Sequence[Example | None]) -> PromptDataset:
+    """The rows of which something is learned. DatasetError where there are none."""
+    if None not in examples:
+        return dataset
+    rows = [row for row, example in zip(dataset, examples, strict=True) if example is not None]
+    if not rows:
+        raise DatasetError(f"{dataset.source}: nothing that is learned is left within sft.max_length; raise it")
+    return PromptDataset(rows, dataset.source, dataset.in_all - len(dataset) + len(rows))
 
 
 def with_warm_steps(config: RunConfig, supervised: SupervisedSteps | None) -> RunConfig:
@@ -76,11 +90,17 @@ def check_unsampled(config: RunConfig, *, acts: bool) -> None:
 
 def notices(supervised: SupervisedSteps | None) -> list[str]:
     """What to tell of rows that are not learned whole."""
-    if supervised is None or not supervised.cut:
+    if supervised is None:
         return []
-    return [
-        f"{supervised.cut} of {len(supervised.examples)} rows are longer than sft.max_length, and are cut at their end"
-    ]
+    told = []
+    if supervised.cut:
+        told.append(
+            f"{supervised.cut} of {len(supervised.examples)} rows are longer than sft.max_length, and are cut at their "
+            "end"
+        )
+    if supervised.left_out:
+        told.append(f"{supervised.left_out} rows are left out: nothing of them is learned within sft.max_length")
+    return told
 
 
 def describe(supervised: SupervisedSteps, tokenizer: Tokenizer) -> list[str]:
@@ -89,8 +109,8 @@ def describe(supervised: SupervisedSteps, tokenizer: Tokenizer) -> list[str]:
     tokens = sum(len(each.token_ids) - sum(b - a for a, b in each.observed) for each in supervised.examples)
     prompt, said = (tokenizer.decode(ids, skip_special_tokens=False) for ids in (first.prompt_ids, first.token_ids))
     return [
-        f"{count} row{'s' if count > 1 else ''} to learn from {supervised.source}, {supervised.steps} steps: prompts "
-        f"of up to {supervised.longest_prompt} tokens, {tokens} tokens of completions, up to "
+        f"{count} row{'s' if count > 1 else ''} to learn from {supervised.dataset.source}, {supervised.steps} steps: "
+        f"prompts of up to {supervised.longest_prompt} tokens, {tokens} tokens of completions, up to "
         f"{supervised.longest_completion}",
         f"the first one, as the model reads it: {_short(prompt)!r}, and as it learns it: {_short(said)!r}",
     ]

@@ -15,10 +15,11 @@ Where there is a teacher, they go to the Scorer by way of the Teacher, after the
 
     Generator or Environment ──RolloutGroup──▶ Teacher ──RolloutGroup──▶ Scorer
 
-Where rows are evaluated while training goes on, the learner asks for that, and who evaluates decodes on the generator's
-device:
+Where rows are evaluated while training goes on, the learner asks for that; who evaluates decodes on the generator's
+device, or where that is no thread of this process asks the generator's crew:
 
     Learner ──Evaluate──▶ Evaluator ──Evaluated──▶ Metrics
+                              └──PartAsked──▶ Generator
 
 The groups of supervised steps are there without being sampled or scored:
 
@@ -31,6 +32,7 @@ settings to the Learner.
 
 from collections.abc import Callable
 
+from troupe.actors.generator.parts import PartAsked
 from troupe.actors.metrics import Heard
 from troupe.messages import (
     Answered,
@@ -68,6 +70,8 @@ _REQUESTS = 1024
 """Requests from outside that a Prompter who is being restarted may leave waiting before the oldest is forgotten."""
 _EVALUATIONS = 8
 """Versions that are overdue when a run goes on; later there is one at most."""
+_PARTS = 64
+"""Parts of evaluations that may wait until the generator has read of them; it has them decoded when it can."""
 _REPORTING = ("prompter", "generator", "scorer", "learner", "checkpointer")
 
 
@@ -81,12 +85,14 @@ class Wiring:
         *,
         episodes: int = 0,
         evaluates: bool = False,
+        by_crew: bool = False,
         supervised: bool = False,
         teaches: bool = False,
     ) -> None:
         """`live`: most groups that may be alive: so long, no send on the way of a group can ever wait in a circle.
         `episodes`: that a group has, where the policy acts; 0: it answers once. `evaluates`: whether there are rows to
-        be evaluated. `supervised`: whether steps have groups that are given. `teaches`: whether there is a teacher."""
+        be evaluated; `by_crew`: whether members of the generator's crew decode them. `supervised`: whether steps have
+        groups that are given. `teaches`: whether there is a teacher."""
         self.prompter, self.generator, self.scorer = mailbox("prompter"), mailbox("generator"), mailbox("scorer")
         self.learner, self.checkpointer, self.metrics = mailbox("learner"), mailbox("checkpointer"), mailbox("metrics")
         prompter, learner, metrics = self.prompter, self.learner, self.metrics
@@ -119,7 +125,7 @@ class Wiring:
         """None where there is no teacher."""
         self.completed = self.rollouts if self.teaching is None else self.teaching.untaught
         """Where groups go when all their samples have ended."""
-        self.evaluating = Evaluating(self, mailbox("evaluator")) if evaluates else None
+        self.evaluating = Evaluating(self, mailbox("evaluator"), by_crew=by_crew) if evaluates else None
         """None where nothing is evaluated."""
         reporting = (*_REPORTING, *["environment"] * bool(episodes), *["evaluator"] * evaluates, *["teacher"] * teaches)
         self.reporters = {actor: _reporter(actor, metrics) for actor in reporting}
@@ -156,8 +162,9 @@ class Teaching:
 class Evaluating:
     """The mailbox of the Evaluator, and the channels to and from it."""
 
-    def __init__(self, wiring: Wiring, evaluator: Mailbox) -> None:
+    def __init__(self, wiring: Wiring, evaluator: Mailbox, *, by_crew: bool) -> None:
         self.evaluator = evaluator
+        self.parts = wiring.generator.channel("parts of rows", PartAsked, bound=_PARTS, side=True) if by_crew else None
         self.asked = evaluator.channel("evaluations", Evaluate, bound=_EVALUATIONS)
         self.evaluated = wiring.metrics.channel("evaluated", Evaluated, bound=_UPDATES)
 

@@ -19,6 +19,7 @@ class PolicyBoard(Generic[W]):
     def __init__(self, max_staleness: int) -> None:
         self.max_staleness = max_staleness
         self._weights: dict[int, W] = {}
+        self._held: Mapping[int, W] = {}
         self._published = anyio.Event()
 
     @property
@@ -28,8 +29,17 @@ class PolicyBoard(Generic[W]):
 
     @property
     def kept(self) -> Mapping[int, W]:
-        """Every version still held, by number."""
-        return dict(self._weights)
+        """Every version that can be had, by number."""
+        return {**self._held, **self._weights}
+
+    @property
+    def held(self) -> Mapping[int, W]:
+        """Those that are there as long as somebody says so."""
+        return self._held
+
+    def hold(self, versions: Mapping[int, W]) -> None:
+        """Have these versions there besides, whatever is published, in the place of those that were held before."""
+        self._held = dict(versions)
 
     def publish(self, version: int, weights: W) -> None:
         """Make `version` available and let go of the versions that no step can need any more.
@@ -50,9 +60,10 @@ class PolicyBoard(Generic[W]):
         """The weights of exactly `version`, waiting until it is published; LookupError once it has been let go."""
         while version > self.version:
             await self._published.wait()
-        if version not in self._weights:
-            raise LookupError(f"policy version {version} is gone; kept are {sorted(self._weights)}")
-        return self._weights[version]
+        kept = self.kept
+        if version not in kept:
+            raise LookupError(f"policy version {version} is gone; kept are {sorted(kept)}")
+        return kept[version]
 
     async def newer_than(self, version: int) -> tuple[int, W]:
         """The newest version and its weights, waiting until it is newer than `version`; −1 asks for any."""

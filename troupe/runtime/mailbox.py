@@ -105,6 +105,10 @@ class Channel(Generic[T]):
             self._blocked.popleft().set()
         self._inbox._channel_closed()
 
+    def keep_open(self) -> None:
+        """From now on the mailbox does not end before this channel, which was a side one, has closed."""
+        self.side = False
+
     def stats(self) -> ChannelStats:
         """The channel's measurements."""
         return ChannelStats(

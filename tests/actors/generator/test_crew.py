@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tests.support.fakes import Reports, make_group, make_prompt
 from troupe.actors.generator.crew import Crew
 from troupe.actors.generator.parts import Part, parts_of
+from troupe.actors.generator.queue import MOST_PASSED_OVER
 from troupe.errors import RunError
 from troupe.messages import Observation, RolloutGroup, TurnTaken
 from troupe.runtime.board import PolicyBoard
@@ -198,6 +199,30 @@ async def test_answers_to_turns_go_to_who_asked_and_to_nobody_else() -> None:
     assert other.observed == [], "what another asked for"
     await rig.crew.observe(msgspec.structs.replace(answer, asker=rig.turns[1].asker))
     assert len(other.observed) == 1
+
+
+def rows_of(number: int) -> Part:
+    return Part(step=0, number=number, set=0, version=0, prompts=(make_prompt(-1, number),))
+
+
+async def test_rows_of_evaluations_come_last_one_at_a_time_and_not_too_late() -> None:
+    rig, one, other = Rig(), Someone("one"), Someone("other")
+    for number in range(3):
+        rig.crew.submit(rows_of(number))
+    rig.submit(0, 2, 2)
+    assert names(await rig.crew.take(one, most=4)) == ["0.0.0", "0.0.1", "e.0.0.0"]
+    with anyio.move_on_after(0.01) as waiting:
+        await rig.crew.take(one)
+    assert waiting.cancelled_caught, "nobody has two of them"
+    with anyio.move_on_after(0.01) as waiting:
+        await rig.crew.take(other, rows=False)
+    assert waiting.cancelled_caught
+    rig.crew.lost(one, "unplugged")
+    assert names(await rig.crew.take(other)) == ["0.0.0"], "what came back of training is before what came back of rows"
+    rig.submit(7, 2 * MOST_PASSED_OVER, 2 * MOST_PASSED_OVER)
+    taken = names(await rig.crew.take(other, most=2 * MOST_PASSED_OVER))
+    assert taken.index("e.0.0.0") <= MOST_PASSED_OVER
+    assert not {"e.0.0.1", "e.0.0.2"} & {*taken}
 
 
 ACTS = st.sampled_from(["submit", "take", "complete", "complete late", "lose", "come back", "forget"])

@@ -12,6 +12,7 @@ import pytest
 
 from tests.support.fakes import device_thread, make_prompt
 from tests.support.tiny import CONFIG, write_tiny_model
+from troupe.actors.generator.child import GeneratorChild
 from troupe.actors.generator.hosted import GeneratorHost, HostedChild, Line
 from troupe.actors.generator.parts import Part
 from troupe.actors.generator.wire import Setup
@@ -59,6 +60,10 @@ def setup_of(folder: Path) -> Setup:
     )
 
 
+async def start(host: GeneratorHost, setup: Setup, heard: Heard) -> GeneratorChild:
+    return await GeneratorChild.over(HostedChild(host.open(), os.getpid()), setup, heard, holds_from=0)
+
+
 @asynccontextmanager
 async def hosting(board: PolicyBoard[Weights]) -> AsyncIterator[GeneratorHost]:
     host = GeneratorHost(board, Base(), device_thread("generator"))
@@ -75,7 +80,7 @@ async def test_parts_are_decoded_with_what_is_on_the_board_and_nothing_is_read(t
     async with hosting(board) as host:
         for _ in range(2):  # one after another
             heard = Heard()
-            child = await host.start(setup_of(folder), heard)
+            child = await start(host, setup_of(folder), heard)
             assert child.pid == os.getpid()
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(child.run)
@@ -97,12 +102,12 @@ async def test_one_that_fails_says_why_and_leaves_its_place(tmp_path: Path) -> N
     board = PolicyBoard[Weights](0)
     async with hosting(board) as host:
         with pytest.raises(ModelError, match="nowhere"):
-            await host.start(setup_of(tmp_path / "nowhere"), Heard())
+            await start(host, setup_of(tmp_path / "nowhere"), Heard())
         line = host.open()
         await line.send(b"no frame")
         with pytest.raises(ChildEnded, match="MessageError"), anyio.fail_after(10):
             await HostedChild(line, 1).receive()
-        child = await host.start(setup_of(write_tiny_model(tmp_path)), Heard())
+        child = await start(host, setup_of(write_tiny_model(tmp_path)), Heard())
         await child.aclose()
 
 

@@ -3,6 +3,7 @@ worker leaves on its machine."""
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 import time
@@ -18,6 +19,8 @@ from tests.support.games import acting, write_player
 from tests.support.kills import STEPS, P
 from tests.support.runs import in_store, lines, timeless
 from troupe.actors.generator.locked_folder import SHARED_MEMORY
+from troupe.messages import MemberStatus
+from troupe.records.evaluations import read_evaluations
 
 pytestmark = [
     pytest.mark.alone,
@@ -112,3 +115,35 @@ def test_in_the_free_schedule_no_prompt_is_lost_or_trained_twice_however_slow_a_
         under_way = (3 + 1) * P
         issued = sorted({(step, place) for step in range(max(first)[0] + 1) for place in range(P)})
         assert first >= set(issued[: len(issued) - under_way])
+
+
+def test_workers_decode_evaluations_and_one_that_is_killed_amid_them_changes_nothing(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i} + {i + 1} =", "answer": str(2 * i + 1)} for i in range(80)]
+    (tmp_path / "held-out.json").write_text(json.dumps(rows))
+    sets = [{"name": "sampled", "path": str(tmp_path / "held-out.json"), "num_samples": 16, "temperature": 1.0}]
+    settings: dict[str, Any] = {"evaluation__every": 4, "evaluation__sets": sets, "learner__max_steps": 6}
+    whole = alone(tmp_path / "alone", **settings)
+    with a_cluster(tmp_path / "run", **settings) as cluster:
+        names = {"worker", "other"}
+        for name in names:
+            cluster.join(name)
+        until(lambda: any(evaluates(cluster.member(name)) for name in names), "rows are decoded")
+        killed = next((name for name in names if evaluates(cluster.member(name))), "other")
+        cluster.harm(killed)
+        cluster.finish()
+        assert cluster.parts_by_member("evaluate").keys() >= names - {killed}
+        check_learned_alike(cluster.out, whole)
+        assert looked_at(cluster.out) == looked_at(whole)
+        assert len(in_store(cluster.out, "SELECT 1 FROM evaluation_samples")) == 3 * 16 * len(rows)
+
+
+def evaluates(member: MemberStatus | None) -> bool:
+    """Whether it has a part of an evaluation."""
+    return member is not None and any(name.startswith("e.") for name in member.leases)
+
+
+def looked_at(out: Path) -> list[Any]:
+    """All that evaluations came to."""
+    figures = [(each.version, each.name, each.metrics) for each in read_evaluations(out)]
+    samples = in_store(out, "SELECT * FROM evaluation_samples ORDER BY version, name, row, sample")
+    return [figures, samples]

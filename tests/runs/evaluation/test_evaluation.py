@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,54 @@ def test_training_has_the_same_bits_with_and_without(place: str, tmp_path: Path,
     train(ragged_model, tmp_path / "with", reward, **PLACES[place], **evaluated(tmp_path))
     assert same_bits(policy_of(tmp_path / "with" / "run"), policy_of(tmp_path / "without" / "run"))
     assert figures(tmp_path / "with" / "run").keys() == {(v, s) for v in range(5) for s in ("held_out", "sampled")}
+
+
+def answered(run: Path | str) -> list[Any]:
+    """Everything that an evaluation has of each sample."""
+    return in_store(Path(run), "SELECT * FROM evaluation_samples ORDER BY version, name, row, sample")
+
+
+CREWS = {"one": 1, "two": 2}
+
+
+@pytest.mark.slow
+def test_rows_are_answered_alike_whoever_decodes(tmp_path: Path, ragged_model: Path) -> None:
+    settings = evaluated(tmp_path, every=2, schedule__parts=2, metrics__sinks=["jsonl", "sqlite", "trace"])
+    settings |= {"learner__max_steps": 2, "schedule__blas_threads": 1, "schedule__max_staleness": 1}
+    here = train(ragged_model, tmp_path / "here", **settings, schedule__generator="thread").folder
+    for name, processes in CREWS.items():
+        own = settings | {"schedule__generator": "process", "schedule__generator_processes": processes}
+        run = Path(train(ragged_model, tmp_path / name, **own).folder)
+        assert (timeless(run), answered(run)) == (timeless(here), answered(here))
+        assert same_bits(policy_of(run), policy_of(here))
+        trace = read_trace(json.loads((run / "trace.json").read_text()))
+        at_work = {trace.track_of(each) for each in trace.slices if each.name == "evaluate"}
+        assert at_work
+        assert not any(track.startswith("evaluator") for track in at_work), "a process of the generator did it"
+
+
+@pytest.mark.slow
+@pytest.mark.anyio
+async def test_a_process_that_is_killed_amid_an_evaluation_changes_nothing(tmp_path: Path, ragged_model: Path) -> None:
+    settings = evaluated(tmp_path, every=0, learner__max_steps=2, schedule__blas_threads=1)
+    settings["evaluation__sets"] = [{**settings["evaluation__sets"][0], "limit": 5, "num_samples": 60}]
+    here = STORED | settings | {"schedule__generator": "thread"}
+    async with Supervisor(tiny_config(ragged_model, tmp_path / "whole", **here), [weigh_ids]) as run:
+        await run.wait()
+    expected = run.result.folder
+    there = STORED | settings | {"schedule__generator": "process"}
+    async with Supervisor(tiny_config(ragged_model, tmp_path / "own", **there), [weigh_ids]) as run:
+        generator: Any = run._pipeline.actors[1]
+        with anyio.fail_after(60):
+            while not any(name.startswith("e.") for each in generator.members() for name in each.leases):  # noqa: ASYNC110
+                await anyio.sleep(0.001)
+        (pid,) = generator.sources[0].pids
+        os.kill(pid, signal.SIGKILL)
+        await run.wait()
+    own = run.result.folder
+    assert (timeless(own), answered(own)) == (timeless(expected), answered(expected))
+    assert same_bits(policy_of(own), policy_of(expected))
+    assert in_store(Path(own), "SELECT kind FROM incidents") == [("process_restarted",)]
 
 
 def test_each_version_and_set_stands_once_and_costs_what_its_tokens_cost(tmp_path: Path, ragged_model: Path) -> None:

@@ -132,6 +132,14 @@ def test_the_command_says_what_is_missing(desk: Path) -> None:
     assert "environment or a tool" in refused(
         "sft", "-m", "m", "-d", "rows.jsonl", "--set", "environment.tools=['x.py:f']"
     )
+    write_jsonl(
+        desk / "long.jsonl",
+        [*ROWS, {"prompt": "0123456789" * 3, "completion": "2"}, {"prompt": "1", "completion": "9876543210"}],
+    )
+    plan = done("sft", "-m", "m", "-d", "long.jsonl", "--max-length", "8", "--dry-run")
+    assert "17 rows to learn from" in plan
+    assert "1 of 17 rows are longer than sft.max_length" in plan
+    assert "1 rows are left out" in plan
     plan = done("sft", "-m", "m", "-d", "rows.jsonl", "--dry-run")
     assert "16 rows to learn from" in plan
     assert "rewards" not in plan.partition("task =")[0]

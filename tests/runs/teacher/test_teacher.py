@@ -53,13 +53,12 @@ def config_of(model: Path, folder: Path, teacher: Path, **settings: Any) -> RunC
 def test_the_weights_are_those_of_the_plain_loop(
     tmp_path: Path, ragged_model: Path, teacher: Path, settings: dict[str, Any]
 ) -> None:
-    config = config_of(ragged_model, tmp_path, teacher, **settings)
+    config = config_of(ragged_model, tmp_path, teacher, **settings, learner__max_steps=3)
     result = troupe.train(config, [delayed(1)])
     assert result.incidents == {}
     assert same_bits(policy_of(result.folder), run_straight(config, weigh_ids).weights)
-    assert column(result.folder, "teacher/coef") == [config.teacher.coef] * 4
-    without = run_straight(tiny_config(ragged_model, tmp_path, **STORED | STALE), weigh_ids)
-    assert not same_bits(policy_of(result.folder), without.weights)
+    assert column(result.folder, "teacher/coef") == [config.teacher.coef] * 3
+    assert all(value != 0.0 for value in column(result.folder, "teacher/kl"))
 
 
 @SLOW

@@ -11,8 +11,9 @@ import msgspec
 from troupe.actors.evaluator.decoding import Decoder, EvalSet, RowPrompts
 from troupe.actors.evaluator.ledger import EvaluationLedger
 from troupe.actors.evaluator.rows import evaluated_row
+from troupe.actors.generator.parts import PartAsked
 from troupe.errors import RewardError
-from troupe.messages import Evaluate, Evaluated, EvaluatedRow, Incident, RolloutGroup
+from troupe.messages import Evaluate, Evaluated, EvaluatedRow, Incident, Prompt, RolloutGroup
 from troupe.messages.evaluations import row_of
 from troupe.rewards import GroupScores
 from troupe.rewards.estimates import figures_of
@@ -32,11 +33,11 @@ class SetWork(NamedTuple):
 
 
 class Evaluator(Actor):
-    """Receives Evaluate; sends Evaluated, one a set.
+    """Receives Evaluate; sends Evaluated, one a set, and PartAsked where the generator's crew decodes.
 
-    A piece of the rows is decoded while the one before is scored. A set is done with when its result was told to the
-    sinks, has been written by those that last, and stands in the ledger's file; so who goes on after a kill neither
-    repeats nor loses one. Scores that cannot be had are missing, which is an incident and never a 0.
+    Pieces of the rows are decoded while the one before is scored, in order. A set is done with when its result was told
+    to the sinks, has been written by those that last, and stands in the ledger's file; so who goes on after a kill
+    neither repeats nor loses one. Scores that cannot be had are missing, which is an incident and never a 0.
     """
 
     name = "evaluator"
@@ -51,12 +52,13 @@ class Evaluator(Actor):
         written: Callable[[], Awaitable[object]],
         record: Callable[[], Awaitable[None]],
         aside: Callable[[Callable[[], dict[str, float]]], Awaitable[dict[str, float]]] = anyio.to_thread.run_sync,
+        parts: Channel[PartAsked] | None = None,
         report: Reporter | None = None,
     ) -> None:
         """`sets`: makes them, once. `written`: comes back when the sinks have written what they were given.
         `record`: has the ledger's file written; OSError where the disk fails. `aside`: counts figures while the loop
-        goes on."""
-        super().__init__(inbox, [evaluated], report)
+        goes on. `parts`: what decoders ask the crew by."""
+        super().__init__(inbox, [evaluated] if parts is None else [evaluated, parts], report)
         self._evaluated = evaluated
         self._sets = sets()
         self._ledger = ledger
@@ -114,19 +116,31 @@ class Evaluator(Actor):
     async def _answer(self, work: SetWork, message: Evaluate) -> list[EvaluatedRow]:
         """All rows, completed and scored."""
         rows: list[EvaluatedRow] = []
+        at_once = work.decoder.at_once
+        room, decoding = anyio.Semaphore(at_once + 1), anyio.Semaphore(at_once)
         before = anyio.Event()  # the piece before is scored
         before.set()
+
+        async def answer(piece: list[Prompt], before: anyio.Event, scored: anyio.Event) -> None:
+            try:
+                groups = await work.decoder.complete(piece, message, self._count)
+            finally:
+                decoding.release()
+            await before.wait()
+            await self._score(work, groups, rows, message.version)
+            scored.set()
+            room.release()
+
         async with anyio.create_task_group() as tasks:
             for piece in work.prompts.pieces(message.version):
-                groups = await work.decoder.complete(piece, message, self._count)
-                await before.wait()
-                before = anyio.Event()
-                tasks.start_soon(self._score, work, groups, rows, before, message.version)
+                await room.acquire()
+                await decoding.acquire()
+                scored = anyio.Event()
+                tasks.start_soon(answer, piece, before, scored)
+                before = scored
         return rows
 
-    async def _score(
-        self, work: SetWork, groups: list[RolloutGroup], rows: list[EvaluatedRow], scored: anyio.Event, version: int
-    ) -> None:
+    async def _score(self, work: SetWork, groups: list[RolloutGroup], rows: list[EvaluatedRow], version: int) -> None:
         results: Sequence[GroupScores | None] = [None] * len(groups)
         with self.report.span("score", step=version):
             try:
@@ -137,7 +151,6 @@ class Evaluator(Actor):
                 await self._tell("evaluation_failed", f"evaluation of {work.of.name}: {error}; its scores are missing")
         work.decoder.forget(groups)
         rows += [evaluated_row(group, result) for group, result in zip(groups, results, strict=True)]
-        scored.set()
 
     def _count(self) -> None:
         self._done += 1

@@ -1,13 +1,14 @@
-"""Who completes the rows of a set, on the generator's device: together, between what is generated for training."""
+"""Who completes the rows of a set: the generator's device, between what is generated for training, or its crew."""
 
 from collections.abc import Callable, Iterable, Sequence
 from hashlib import blake2b
 from typing import Protocol
 
+import anyio
 import msgspec
 
 from troupe.actors.evaluator.settings import EvaluationSet
-from troupe.actors.generator.parts import key_of
+from troupe.actors.generator.parts import Part, PartAsked, key_of
 from troupe.actors.learner.batch import as_rollouts
 from troupe.dataset import PromptDataset
 from troupe.messages import Evaluate, Prompt, PromptText, RolloutGroup, Slot
@@ -15,6 +16,7 @@ from troupe.messages.evaluations import gid_of
 from troupe.policy import CompletedGroup, RolloutEngine, RolloutRequest
 from troupe.rewards import RewardManager
 from troupe.runtime.device import DeviceThread
+from troupe.runtime.mailbox import Channel
 from troupe.runtime.reporter import Reporter
 
 _AT_ONCE = 128
@@ -82,6 +84,10 @@ def pieces(rows: int, num_samples: int) -> list[range]:
 class Decoder(Protocol):
     """Completes the rows of one set."""
 
+    @property
+    def at_once(self) -> int:
+        """Pieces that it may be asked for at the same time."""
+
     async def complete(
         self, prompts: Sequence[Prompt], message: Evaluate, on_row: Callable[[], None]
     ) -> list[RolloutGroup]:
@@ -95,6 +101,8 @@ class Decoder(Protocol):
 class CompletionDecoder:
     """Completes each row once by itself."""
 
+    at_once = 1
+
     def __init__(
         self,
         engine: Callable[[], RolloutEngine],
@@ -103,8 +111,10 @@ class CompletionDecoder:
         seed: int,
         decode_text: Callable[[Sequence[int]], str],
         report: Reporter,
+        told_as: str = "generate",
     ) -> None:
-        self._make_engine, self._device, self._report = engine, device, report
+        """`told_as`: name of the spans in which it decodes."""
+        self._make_engine, self._device, self._report, self._told_as = engine, device, report, told_as
         self._engine: RolloutEngine | None = None
         self._seed, self._decode_text = seed, decode_text
 
@@ -127,13 +137,51 @@ class CompletionDecoder:
             return [groups[index] for index in sorted(groups)]
 
         async with self._device.turn(self._report, hurried=False, step=message.version):
-            with self._report.span("generate", step=message.version):
+            with self._report.span(self._told_as, step=message.version):
                 engine.load(message.weights, message.version)
                 try:
                     decoding = engine.decode_lists(requests)
                     return await self._device.run(decode, decoding, on_cancel=engine.abort, plain=True)
                 finally:
                     engine.release()
+
+    def forget(self, groups: Sequence[RolloutGroup]) -> None:
+        """Nothing is kept."""
+
+
+class CrewDecoder:
+    """Has each row completed once by who decodes for training: each piece is a part of its own."""
+
+    at_once = 32
+
+    def __init__(self, parts: Channel[PartAsked], number: int) -> None:
+        """`number`: of the set."""
+        self._parts, self._number = parts, number
+
+    async def complete(
+        self, prompts: Sequence[Prompt], message: Evaluate, on_row: Callable[[], None]
+    ) -> list[RolloutGroup]:
+        """As of `Decoder`."""
+        groups: dict[int, RolloutGroup] = {}
+        whole = anyio.Event()
+
+        def answer(group: RolloutGroup) -> None:
+            if group.prompt.gid not in groups:
+                groups[group.prompt.gid] = group
+                on_row()
+            if len(groups) == len(prompts):
+                whole.set()
+
+        part = Part(
+            step=message.version,
+            number=prompts[0].slot.place,
+            set=self._number,
+            version=message.version,
+            prompts=tuple(prompts),
+        )
+        await self._parts.send(PartAsked(part=part, answer=answer))
+        await whole.wait()
+        return [groups[prompt.gid] for prompt in prompts]
 
     def forget(self, groups: Sequence[RolloutGroup]) -> None:
         """Nothing is kept."""

@@ -17,6 +17,8 @@ from troupe.runtime.reporter import Reporter
 class EpisodeDecoder:
     """A `Decoder` of rows that act. Between two decodes others may have the device."""
 
+    at_once = 1
+
     def __init__(
         self,
         engine: Callable[[], RolloutEngine],

@@ -1,7 +1,7 @@
 """EvaluationLedger: what evaluations came to, in `evaluations.jsonl` of the run folder, and which are under way; and
 whether a run that gets no better is to end."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import anyio
@@ -28,11 +28,14 @@ class EvaluationLedger:
         results: Iterable[Evaluated] = (),
         run: Path | None = None,
         conditions: Mapping[str, Mapping[str, str]] | None = None,
+        *,
+        hold: Callable[[Mapping[int, Weights]], None] = lambda pending: None,
     ) -> None:
         """`names`: of the sets. `results`: of an earlier start, up to the step that this one goes on from. `run`:
-        the folder. `conditions`: those of each set now; without, those of its newest result."""
+        the folder. `conditions`: those of each set now; without, those of its newest result. `hold`: is told which
+        versions are pending, whenever others are."""
         self.names = tuple(names)
-        self._run = run
+        self._run, self._hold = run, hold
         self._results = {(result.version, result.name): result for result in results}
         self._conditions = {result.name: result.conditions for result in self.results} | dict(conditions or {})
         self._pending: dict[int, Weights] = {}
@@ -80,6 +83,7 @@ class EvaluationLedger:
     def begin(self, message: Evaluate) -> None:
         """A version is asked for."""
         self._pending = {**self._pending, message.version: message.weights}
+        self._hold(self._pending)
 
     def add(self, result: Evaluated) -> None:
         """A set is done with."""
@@ -90,6 +94,7 @@ class EvaluationLedger:
     def end(self, version: int) -> None:
         """A version is done with."""
         self._pending = {pending: weights for pending, weights in self._pending.items() if pending != version}
+        self._hold(self._pending)
 
     def write(self) -> None:
         """Put all results into the file, whole or not at all. OSError where the disk fails."""

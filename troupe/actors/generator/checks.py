@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import msgspec
 
+from troupe.actors.generator.parts import Part
 from troupe.actors.generator.wire import Completed, pack_rollout, unpack_rollout
 from troupe.messages import Prompt, Rollout, RolloutGroup
 from troupe.runtime.frames import MessageError
@@ -32,6 +33,15 @@ class ResultLimits(msgspec.Struct, frozen=True, kw_only=True):
     """Whether completions are episodes of turns."""
     experts: int = 0
     """Of a layer, where it is recorded which of them tokens go to; 0: it is not."""
+    sets: tuple[tuple[int, int], ...] = ()
+    """Of each set of rows that is evaluated: completions a row, and their most tokens."""
+
+    def of(self, part: Part) -> ResultLimits:
+        """What completions of a part are."""
+        if part.set is None:
+            return self
+        num_generations, longest = self.sets[part.set]
+        return msgspec.structs.replace(self, num_generations=num_generations, max_completion_length=longest, experts=0)
 
 
 def checked_group(

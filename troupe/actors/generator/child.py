@@ -21,11 +21,13 @@ from troupe.actors.generator.wire import (
     Loaded,
     Made,
     NewWeights,
+    PackedPrompt,
     Ping,
     Pong,
     Prompts,
     Ready,
     Refused,
+    Rows,
     Setup,
     ToProcess,
     TurnEnded,
@@ -193,15 +195,22 @@ class GeneratorChild:
     async def decode(self, *parts: Part) -> None:
         """Give it parts; what they are pinned to was loaded, or in the free schedule any version. Groups come to the
         listener. A part that it has in hand is not given once more."""
-        packed = []
-        for part in parts:
-            if part.name not in self.parts:
-                self.parts[part.name] = {prompt.gid for prompt in part.prompts}
-                self._prompts |= {prompt.gid: prompt for prompt in part.prompts}
-                packed += [pack_prompt(prompt, round_size=len(part.prompts)) for prompt in part.prompts]
+        packed = [prompt for part in parts for prompt in self._packed(part)]
         if packed:
-            self.pace.work(is_there=True)
             await self._send(Prompts(prompts=tuple(packed)))
+
+    async def evaluate(self, part: Part, path: Path) -> None:
+        """The same with a part of an evaluation, and the file of its version, which has to stay there until the part is
+        done (`until_done`)."""
+        assert part.set is not None
+        assert part.version is not None
+        if packed := self._packed(part):
+            await self._send(Rows(set=part.set, version=part.version, path=str(path), prompts=tuple(packed)))
+
+    async def until_done(self, part: str) -> None:
+        """Wait until it has not this part in hand."""
+        while part in self.parts:
+            await self._came.wait()
 
     async def observe(self, observation: Observation) -> None:
         """Answer a turn; `asker` as the child calls itself."""
@@ -242,6 +251,15 @@ class GeneratorChild:
         behind_s = (asked_s + answered_s) / 2 - pong.now_s
         # within what the message took it may well be the same clock, as it is on Linux and macOS
         self._behind_s = behind_s if abs(behind_s) > (answered_s - asked_s) / 2 else 0.0
+
+    def _packed(self, part: Part) -> list[PackedPrompt]:
+        """The prompts of a part that it has in hand from now on; none where it had it already."""
+        if part.name in self.parts:
+            return []
+        self.parts[part.name] = {prompt.gid for prompt in part.prompts}
+        self._prompts |= {prompt.gid: prompt for prompt in part.prompts}
+        self.pace.work(is_there=True)
+        return [pack_prompt(prompt, round_size=len(part.prompts)) for prompt in part.prompts]
 
     async def _send(self, message: ToProcess) -> None:
         await self._child.send(encode(message))

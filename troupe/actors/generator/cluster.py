@@ -262,7 +262,7 @@ class ClusterMembers:
             group = checked_group(
                 done.completed,
                 prompt,
-                self._limits,
+                self._limits.of(part),
                 version=part.version,
                 newest=0 if crew is None else crew.board.version,  # a server begun anew holds no version for a moment
                 decode_text=self._decode_text,
@@ -280,7 +280,7 @@ class ClusterMembers:
         verdict = await crew.completed(member, group)
         if verdict == "differs":
             self._desk.put_out(name, f"it answered group {prompt.gid} once more, and otherwise")
-        elif verdict == "taken" and self._trust.estimates is not None and self._trust.estimates.chooses(part.name):
+        elif verdict == "taken" and self._trust.estimates is not None and self._trust.estimates.chooses(part):
             self._tasks.start_soon(self._trust.estimate, name, group)
         return encode(Accepted(verdict=verdict))
 

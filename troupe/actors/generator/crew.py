@@ -8,7 +8,6 @@ import asyncio
 import hashlib
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Sequence
-from heapq import heappop, heappush
 from itertools import count
 from typing import Literal, Protocol, TypeAlias
 
@@ -16,6 +15,7 @@ import anyio
 import msgspec
 
 from troupe.actors.generator.parts import Part
+from troupe.actors.generator.queue import PartQueue
 from troupe.errors import RunError
 from troupe.messages import Incident, MemberStatus, Observation, Prompt, RolloutGroup, TurnTaken
 from troupe.policy import Weights
@@ -87,8 +87,8 @@ class _Over(msgspec.Struct, frozen=True):
 class _Waiting:
     """One who waits for parts."""
 
-    def __init__(self, member: Member, most: int) -> None:
-        self.member, self.most = member, most
+    def __init__(self, member: Member, most: int, *, rows: bool) -> None:
+        self.member, self.most, self.rows = member, most, rows
         self.given: list[Part] = []
         self.came = anyio.Event()
 
@@ -96,8 +96,8 @@ class _Waiting:
 class Crew:
     """Open parts, and the members that have them on lease. For the event loop of the run only.
 
-    Of the open parts the one of the oldest step is taken first, and before it those that came back. Of several who wait
-    for work, each next part goes to the one that has the fewest.
+    Open parts are taken in the order of `PartQueue`, and of an evaluation's nobody has more than one. Of several who
+    wait for work, each next part goes to the one that has the fewest.
     """
 
     def __init__(
@@ -119,8 +119,7 @@ class Crew:
         self._by_gid: dict[int, _Work] = {}
         """Also groups that are over, of parts that are open: who has such a part decodes all of it."""
         self._over: OrderedDict[int, _Over] = OrderedDict()
-        self._queue: list[tuple[bool, int, int, str]] = []  # whether it is new, step, order of coming, name
-        self._order = count()
+        self._queue = PartQueue(self._is_free)
         self._waiting: list[_Waiting] = []
         self._dealing = False
         self._made: dict[str, int] = {}
@@ -155,9 +154,10 @@ class Crew:
             self._over.pop(gid, None)
         self._enqueue(work, is_new=True)
 
-    async def take(self, member: Member, *, most: int = 1) -> list[Part]:
-        """Up to `most` parts, leased to the member; waits until there is one."""
-        waiting = _Waiting(member, most)
+    async def take(self, member: Member, *, most: int = 1, rows: bool = True) -> list[Part]:
+        """Up to `most` parts, leased to the member; waits until there is one. `rows`: whether it takes one of an
+        evaluation, too."""
+        waiting = _Waiting(member, most, rows=rows)
         self._waiting.append(waiting)
         self._deal_soon()
         try:
@@ -194,11 +194,10 @@ class Crew:
             work.losses += 1
             self._free([work.part])
             if work.losses >= self._most_losses and self._fault is None:
-                places = ", ".join(str(prompt.slot.place) for prompt in work.part.prompts)
                 self._fault = RunError(
-                    f"step {work.part.step}: {work.losses} members in a row were lost while they decoded the prompts "
-                    f"at places {places} (part {work.part.name}), the last one {member.name}: {reason}; mend the "
-                    "cause, then go on with --resume"
+                    f"step {work.part.step}: {work.losses} members in a row were lost while they decoded "
+                    f"{_described(work.part)}, the last one {member.name}: {reason}; mend the cause, then go on with "
+                    "--resume"
                 )
                 self._failed.set()
 
@@ -264,6 +263,10 @@ class Crew:
         del self._open[work.part.name]
         for prompt in work.part.prompts:
             del self._by_gid[prompt.gid]
+        self._deal_soon()  # who had rows may have others
+
+    def _is_free(self, name: str) -> bool:
+        return name in self._open and self._open[name].holder is None
 
     def _held_by(self, member: Member) -> list[_Work]:
         return [work for work in self._open.values() if work.holder is member]
@@ -280,23 +283,28 @@ class Crew:
                 self._enqueue(work, is_new=False)
 
     def _enqueue(self, work: _Work, *, is_new: bool) -> None:
-        heappush(self._queue, (is_new, work.part.step, next(self._order), work.part.name))
+        self._queue.add(work.part, is_new=is_new)
         self._deal_soon()
 
     def _deal_soon(self) -> None:
         """When all that comes at this moment has come, so that it is dealt evenly."""
-        if self._waiting and self._queue and not self._dealing:
+        if self._waiting and not self._dealing:
             self._dealing = True
             asyncio.get_running_loop().call_soon(self._deal)
 
     def _deal(self) -> None:
         self._dealing = False
         held = {id(waiting): len(self.leases(waiting.member)) for waiting in self._waiting}
-        while self._queue and self._waiting:
-            work = self._open.get(heappop(self._queue)[-1])
-            if work is None or work.holder is not None:  # it came, or was taken up again, meanwhile
-                continue
-            waiting = min(self._waiting, key=lambda each: held[id(each)])  # the first of them where they are equal
+        evaluating = {id(work.holder) for work in self._open.values() if work.part.set is not None}
+        while self._waiting:
+            able = [each for each in self._waiting if each.rows and id(each.member) not in evaluating]
+            if (name := self._queue.pop(rows=bool(able))) is None:
+                break
+            work = self._open[name]
+            # the first of them where they are equal
+            waiting = min(self._waiting if work.part.set is None else able, key=lambda each: held[id(each)])
+            if work.part.set is not None:
+                evaluating.add(id(waiting.member))
             self._lease(work, waiting.member)
             waiting.given.append(work.part)
             held[id(waiting)] += 1
@@ -304,6 +312,14 @@ class Crew:
             if len(waiting.given) >= waiting.most:
                 self._waiting.remove(waiting)
         self._waiting = [waiting for waiting in self._waiting if not waiting.given]
+
+
+def _described(part: Part) -> str:
+    if part.set is not None:
+        rows = ", ".join(str(prompt.row) for prompt in part.prompts)
+        return f"rows {rows} that are evaluated (part {part.name})"
+    places = ", ".join(str(prompt.slot.place) for prompt in part.prompts)
+    return f"the prompts at places {places} (part {part.name})"
 
 
 def _digest(group: RolloutGroup) -> bytes:

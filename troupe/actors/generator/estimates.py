@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeAlias
 
 from troupe.actors.generator.audits import drawn
+from troupe.actors.generator.parts import Part
 from troupe.messages import RolloutGroup
 
 _FEWEST_TOKENS = 256
@@ -28,9 +29,9 @@ class Estimates:
         self._log_probs, self._share, self._bound, self._seed = log_probs, share, bound, seed
         self._seen: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_TOKENS))
 
-    def chooses(self, part: str) -> bool:
-        """Whether a part is one to be looked at."""
-        return drawn(self._seed, part) < self._share
+    def chooses(self, part: Part) -> bool:
+        """Whether a part is one to be looked at; one of an evaluation is of other weights than the newest, and not."""
+        return part.set is None and drawn(self._seed, part.name) < self._share
 
     async def of(self, name: str, group: RolloutGroup) -> float | None:
         """The mean difference of a worker's log-probs from the policy's, where it is over the bound."""

@@ -6,14 +6,12 @@ is told and tells are the frames of `wire.py`, over a pair of queues.
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from contextlib import suppress
 
 import anyio
 import anyio.lowlevel
 
-from troupe.actors.generator.child import GeneratorChild, Listener
 from troupe.actors.generator.process import GeneratorProcess
 from troupe.actors.generator.wire import Refused, Setup, decode_in_process
 from troupe.errors import TroupeError
@@ -73,6 +71,8 @@ class HostedChild:
 
     def __init__(self, end: Line, pid: int) -> None:
         self.pid = pid
+        self.ended = anyio.Event()
+        """Set when nobody speaks to it any more."""
         self._end = end
 
     async def send(self, frame: bytes) -> None:
@@ -89,10 +89,11 @@ class HostedChild:
     def kill(self) -> None:
         """It ends at its next token."""
         self._end.close()
+        self.ended.set()
 
     async def aclose(self) -> None:
         """As `kill`: nothing is left that would have to be waited for."""
-        self._end.close()
+        self.kill()
 
 
 class GeneratorHost:
@@ -104,10 +105,6 @@ class GeneratorHost:
         self._board, self._base, self._device = board, base, device
         self._opened: deque[Line] = deque()
         self._open = anyio.Event()
-
-    async def start(self, setup: Setup, listener: Listener) -> GeneratorChild:
-        """A generator in this process, as `GeneratorChild.start`. It has all versions."""
-        return await GeneratorChild.over(HostedChild(self.open(), os.getpid()), setup, listener, holds_from=0)
 
     def open(self) -> Line:
         """To speak to one that begins when the one before has ended."""

@@ -136,8 +136,12 @@ class RunJudge(Judge):
             self._files.keep(self._board.kept)
             path = await self._device.run(self._files.write, version, weights)
             del weights
-            await child.load(version, path)
+            if job.part.set is None:
+                await child.load(version, path)
+                await child.decode(job.part)
+            else:
+                await child.evaluate(job.part, path)
+                await job.ended.wait()
         finally:
             self._files.give_back(version)
-        await child.decode(job.part)
         await job.ended.wait()

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import anyio
 import msgspec
+from anyio.abc import TaskGroup, TaskStatus
 
 from troupe.actors.generator.child import CHILD_FAULTS, MODULE, GeneratorChild, Listener
 from troupe.actors.generator.crew import Crew
+from troupe.actors.generator.parts import Part
 from troupe.actors.generator.weights_files import WeightsFiles
 from troupe.actors.generator.wire import Setup
 from troupe.errors import RunError, TroupeError
@@ -30,7 +32,8 @@ class LocalProcesses:
 
     Weights go by file. In the pinned schedule a process is told of the version of a part before it gets it; where
     another version is published meanwhile, of that, too. In the free one it is told of each version that is the newest,
-    and gets prompts when it knows the newest of their time, so that it never completes them with an older one.
+    and gets prompts when it knows the newest of their time, so that it never completes them with an older one. A part
+    of an evaluation comes with the file of its own version, for itself alone.
     """
 
     def __init__(
@@ -111,6 +114,19 @@ class _Weights:
             await child.load(version, path)
         finally:
             self._files.give_back(version)
+
+    async def give_rows(
+        self, child: GeneratorChild, part: Part, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Have a child decode a part of an evaluation; back when that is done, and started when the child has it."""
+        assert part.version is not None
+        self._files.lend(part.version)
+        try:
+            await child.evaluate(part, await self._write(part.version, await self.board.get(part.version)))
+            task_status.started()
+            await child.until_done(part.name)
+        finally:
+            self._files.give_back(part.version)
 
     async def _write(self, version: int, weights: Weights) -> Path:
         self._files.keep(self.board.kept)
@@ -217,7 +233,7 @@ class _Process:
             async with anyio.create_task_group() as tasks:
                 if self._setup.most_at_once is not None or self._weights.board.max_staleness:
                     tasks.start_soon(self._follow, child)
-                tasks.start_soon(self._pull, child)
+                tasks.start_soon(self._pull, child, tasks)
                 await child.run()
                 tasks.cancel_scope.cancel()
         finally:
@@ -226,14 +242,18 @@ class _Process:
                 await child.aclose()
             self._report.forget(child.pid)
 
-    async def _pull(self, child: GeneratorChild) -> None:
+    async def _pull(self, child: GeneratorChild, tasks: TaskGroup) -> None:
         while True:
             await child.room(self._most)
-            parts = await self._crew.take(self, most=self._most - len(child.parts))
+            taken = await self._crew.take(self, most=self._most - len(child.parts))
+            for part in taken:
+                if part.set is not None:
+                    await tasks.start(self._weights.give_rows, child, part)
+            parts = [part for part in taken if part.set is None]
             for version in sorted({part.version for part in parts if part.version is not None}):
                 with self._report.span("wait for policy", kind="wait"):
                     await self._weights.give(child, version)
-            if self._setup.most_at_once is not None:
+            if parts and self._setup.most_at_once is not None:
                 with self._report.span("wait for policy", kind="wait"):
                     await child.loaded(self._weights.board.version)
             await child.decode(*parts)

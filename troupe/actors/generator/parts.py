@@ -1,20 +1,24 @@
 """Parts: the units in which prompts are decoded, whoever decodes them."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import msgspec
 
-from troupe.messages import Prompt, Slot
+from troupe.messages import Prompt, RolloutGroup, Slot
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True):
-    """Prompts of one step and attempt that are decoded together, and beside no others."""
+    """Prompts of one step and attempt, or rows of a set that is evaluated, that are decoded together, and beside no
+    others."""
 
     step: int
-    attempt: int
+    """Of rows: the version that is evaluated."""
+    attempt: int = 0
     number: int
-    """Pinned: `place mod schedule.parts` of its prompts; free: the place of its only one."""
+    """Pinned: `place mod schedule.parts` of its prompts; free: the place of its only one. Of rows: the first one's."""
+    set: int | None = None
+    """Number of the set that its rows are of; None: it is of training."""
     version: int | None
     """Of the policy, that it is decoded with; None: the newest at each token."""
     prompts: tuple[Prompt, ...]
@@ -22,12 +26,22 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def name(self) -> str:
-        """STEP.ATTEMPT.NUMBER, which no other part of the run has."""
+        """STEP.ATTEMPT.NUMBER or e.VERSION.SET.NUMBER, which no other part of the run has."""
+        if self.set is not None:
+            return f"e.{self.step}.{self.set}.{self.number}"
         return f"{self.step}.{self.attempt}.{self.number}"
 
     def prompt_of(self, gid: int) -> Prompt:
         """One of its prompts."""
         return next(prompt for prompt in self.prompts if prompt.gid == gid)
+
+
+class PartAsked(msgspec.Struct, frozen=True, kw_only=True):
+    """Evaluator → Generator: have this part decoded, beside those of training."""
+
+    part: Part
+    answer: Callable[[RolloutGroup], None]
+    """Is given each of its groups, maybe more than once."""
 
 
 def parts_of(prompts: Iterable[Prompt], parts: int | None, version: int | None) -> list[Part]:

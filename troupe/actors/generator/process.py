@@ -7,6 +7,7 @@ loaded of the files that the run wrote.
 import os
 import time
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
@@ -14,9 +15,11 @@ from typing import Any, Protocol
 import anyio
 import mlx.core as mx
 
+from troupe.actors.evaluator.decoding import CompletionDecoder
 from troupe.actors.generator.acting import ActingGenerator
 from troupe.actors.generator.actor import Generator
 from troupe.actors.generator.bases import read_base
+from troupe.actors.generator.rows import RowsDecoding
 from troupe.actors.generator.wire import (
     Completed,
     End,
@@ -29,9 +32,10 @@ from troupe.actors.generator.wire import (
     Prompts,
     Ready,
     Refused,
+    Rows,
     Setup,
     decode_in_process,
-    pack_rollout,
+    pack_group,
     pack_turn,
     unpack_prompt,
 )
@@ -40,6 +44,7 @@ from troupe.messages import Incident, Observation, Prompt, RolloutGroup, Span, T
 from troupe.policy import (
     Base,
     Companions,
+    GenerationConfig,
     RolloutEngine,
     Tokenizer,
     Weights,
@@ -106,25 +111,35 @@ class GeneratorProcess:
         self._threads = [self._loader] if device is not None else [self._device, self._loader]
         self._observations: Channel[Observation] | None = None
         groups = self._outbox.channel("rollouts", RolloutGroup, bound=setup.live)
+        report = Reporter(
+            setup.name,
+            self._outbox.channel("incidents", Incident, bound=_INCIDENTS),
+            self._outbox.channel("spans", Span, bound=_SPANS, overflow="drop_oldest"),
+            process=os.getpid(),
+        )
         shared: dict[str, Any] = {
-            "engine": lambda: RolloutEngine(
-                setup.policy,
-                setup.generation,
-                stop_ids=frozenset(setup.stop_ids),
-                tokenizer=tokenizer,
-                base=self._base,
-                records_experts=setup.records_experts,
-            ),
+            "engine": partial(self._engine, tokenizer, setup.generation, records_experts=setup.records_experts),
             "device": self._device,
             "board": self._board,
             "decode_text": tokenizer.decode_sampled,
-            "report": Reporter(
-                setup.name,
-                self._outbox.channel("incidents", Incident, bound=_INCIDENTS),
-                self._outbox.channel("spans", Span, bound=_SPANS, overflow="drop_oldest"),
-                process=os.getpid(),
-            ),
+            "report": report,
         }
+        self._rows = RowsDecoding(
+            [
+                CompletionDecoder(
+                    partial(self._engine, tokenizer, generation),
+                    self._device,
+                    seed=setup.seed,
+                    decode_text=tokenizer.decode_sampled,
+                    report=report,
+                    told_as="evaluate",
+                )
+                for generation in setup.sets
+            ],
+            there=lambda: self._board.kept,
+            load=partial(self._loader.run, _load),
+            tell=self._send,
+        )
         self._generator: Generator | ActingGenerator
         if setup.acts is None:
             shared |= {"seed": setup.seed, "most_at_once": setup.most_at_once, "parts": setup.parts}
@@ -142,7 +157,23 @@ class GeneratorProcess:
             if self._setup.base is not None and not self._has_base:
                 self._base = await self._loader.run(read_base, self._setup.policy, self._setup.base)
             await self._connection.send(encode(Ready()))
-            await together([self._listen, self._generate, self._tell_made])
+            await together([self._listen, self._generate, self._rows.run, self._tell_made])
+
+    def _engine(
+        self, tokenizer: Tokenizer, generation: GenerationConfig, *, records_experts: bool = False
+    ) -> RolloutEngine:
+        setup = self._setup
+        return RolloutEngine(
+            setup.policy,
+            generation,
+            stop_ids=frozenset(setup.stop_ids),
+            tokenizer=tokenizer,
+            base=self._base,
+            records_experts=records_experts,
+        )
+
+    async def _send(self, completed: Completed) -> None:
+        await self._connection.send(encode(completed))
 
     async def _generate(self) -> None:
         await together([self._generator.run, self._tell])
@@ -153,8 +184,7 @@ class GeneratorProcess:
             if isinstance(message, TurnTaken):
                 message = pack_turn(message)
             elif isinstance(message, RolloutGroup):
-                rollouts = tuple(map(pack_rollout, message.rollouts))
-                message = Completed(gid=message.prompt.gid, rollouts=rollouts, prompt_experts=message.prompt_experts)
+                message = pack_group(message)
             await self._connection.send(encode(message))
 
     async def _tell_made(self) -> None:
@@ -173,7 +203,10 @@ class GeneratorProcess:
                 case Prompts(prompts=prompts):
                     for packed in prompts:
                         self._prompts.send_nowait(unpack_prompt(packed))
+                case Rows() as rows:
+                    self._rows.add(rows)
                 case NewWeights(version=version, path=path):
+                    self._rows.forget()
                     if path:
                         self._board.publish(version, await self._loader.run(_load, Path(path)))
                     else:

@@ -12,7 +12,7 @@ import msgspec
 from anyio.abc import TaskGroup
 
 from troupe.actors.generator.crew import Crew, Members
-from troupe.actors.generator.parts import parts_of
+from troupe.actors.generator.parts import PartAsked, parts_of
 from troupe.actors.ledgers import Rounds
 from troupe.messages import MemberStatus, Observation, Prompt, RolloutGroup, ScoredGroup, TurnTaken
 from troupe.policy import Weights
@@ -32,8 +32,17 @@ class _Round(msgspec.Struct):
     """Keeps the mailbox open."""
 
 
+class _Rows:
+    """A part of an evaluation that is open."""
+
+    def __init__(self, asked: PartAsked) -> None:
+        self.asked = asked
+        self.came: list[RolloutGroup] = []
+
+
 class RemoteGenerator(Actor):
-    """Receives Prompt, and Observation where the policy acts; sends RolloutGroup as groups come back, and TurnTaken.
+    """Receives Prompt, PartAsked where rows are evaluated, and Observation where the policy acts; sends RolloutGroup as
+    groups come back, and TurnTaken.
 
     Pinned schedule: when all prompts of a round are there its parts go to the crew. Free schedule: each prompt does, at
     once. Which member decodes a part changes no bit, nor does when.
@@ -51,16 +60,18 @@ class RemoteGenerator(Actor):
         board: PolicyBoard[Weights],
         parts: int | None,
         turns: Channel[TurnTaken] | None = None,
+        rows: Channel[PartAsked] | None = None,
         handed_over: set[int] | None = None,
         recorded: Mapping[int, ScoredGroup] | None = None,
         report: Reporter | None = None,
     ) -> None:
         """`members`: makes the sources of those who decode. `parts`: `schedule.parts`; None: the schedule is free.
-        `turns`: where turns of episodes are answered, where the policy acts. `handed_over` and `recorded` are as for
-        `Rounds`."""
+        `turns`: where turns of episodes are answered, where the policy acts. `rows`: the way by which it is asked for
+        parts of evaluations, a side channel, since some come when all groups have been handed over. `handed_over` and
+        `recorded` are as for `Rounds`."""
         super().__init__(inbox, [groups] if turns is None else [groups, turns], report)
         self._rounds = Rounds(inbox, groups, handed_over=handed_over, recorded=recorded)
-        self._make_members = members
+        self._make_members, self._asked_by = members, rows
         self.sources: Sequence[Members] = ()
         self._board, self._parts = board, parts
         self._crew = Crew(
@@ -72,6 +83,9 @@ class RemoteGenerator(Actor):
         )
         self._open: dict[int, _Round] = {}
         self._unsent: list[Prompt] = []
+        self._rows: dict[str, _Rows] = {}
+        self._rows_of: dict[int, _Rows] = {}
+        """Group → the part that it is of."""
         self._working: TaskGroup
 
     @property
@@ -100,9 +114,11 @@ class RemoteGenerator(Actor):
         for source in self.sources:
             self._working.start_soon(source.run, self._crew)
 
-    async def handle(self, message: Prompt | Observation) -> None:
+    async def handle(self, message: Prompt | PartAsked | Observation) -> None:
         """Collect the prompts of a round and have it decoded when it is whole; or have decoded what is there."""
-        if isinstance(message, Observation):
+        if isinstance(message, PartAsked):
+            self._evaluate(message)
+        elif isinstance(message, Observation):
             self.inbox.done(message)  # who comes after would ask again
             await self._crew.observe(message)
         elif self._parts is not None:
@@ -116,7 +132,14 @@ class RemoteGenerator(Actor):
                     await self._begin([prompt], None)
 
     async def finish(self) -> None:
-        """Let members end well."""
+        """Say that no more groups come, go on with evaluations for as long as there are any, and let members end
+        well."""
+        if self._asked_by is not None:
+            for channel in self.outputs:
+                if not channel.closed:
+                    channel.close()
+            self._asked_by.keep_open()
+            await self._handle_all()
         for source in self.sources:
             await source.finish()
 
@@ -139,8 +162,32 @@ class RemoteGenerator(Actor):
         else:
             self._rounds.finish(prompts)
 
+    def _evaluate(self, asked: PartAsked) -> None:
+        """Have a part of an evaluation decoded, unless an Evaluator that has failed had asked for it already."""
+        rows = self._rows.get(asked.part.name)
+        if rows is not None:
+            self.inbox.done(rows.asked)
+            rows.asked = asked
+            for group in rows.came:
+                asked.answer(group)
+            return
+        rows = self._rows[asked.part.name] = _Rows(asked)
+        self._rows_of |= {prompt.gid: rows for prompt in asked.part.prompts}
+        self._crew.submit(asked.part)
+
+    def _answer(self, rows: _Rows, group: RolloutGroup) -> None:
+        rows.came.append(group)
+        rows.asked.answer(group)
+        part = rows.asked.part
+        if len(rows.came) == len(part.prompts):
+            del self._rows[part.name]
+            self.inbox.done(rows.asked)
+
     async def _hand_over(self, group: RolloutGroup) -> None:
         gid = group.prompt.gid
+        if (rows := self._rows_of.pop(gid, None)) is not None:
+            self._answer(rows, group)
+            return
         await self._rounds.hand_over(group)
         begun = self._open.pop(gid)
         begun.left.remove(gid)

@@ -14,7 +14,18 @@ from typing import TypeAlias, TypeVar
 import msgspec
 
 from troupe.actors.generator.acting import ActingConfig
-from troupe.messages import FinishReason, Incident, Observation, Prompt, Rollout, RowStart, Slot, Span, TurnTaken
+from troupe.messages import (
+    FinishReason,
+    Incident,
+    Observation,
+    Prompt,
+    Rollout,
+    RolloutGroup,
+    RowStart,
+    Slot,
+    Span,
+    TurnTaken,
+)
 from troupe.policy import Adapter, GenerationConfig, NetworkConfig
 from troupe.runtime.frames import MessageError, decoder
 
@@ -41,6 +52,8 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     base: BaseSource | None = None
     """None: what is published is the whole network."""
     generation: GenerationConfig
+    sets: tuple[GenerationConfig, ...] = ()
+    """What rows of each set are completed with that is evaluated."""
     stop_ids: tuple[int, ...]
     tokenizer: str
     """The model folder that holds it."""
@@ -83,6 +96,15 @@ class PackedPrompt(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 class Prompts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
     """Prompts that are there at the same time."""
 
+    prompts: tuple[PackedPrompt, ...]
+
+
+class Rows(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """A part of an evaluation; the file of its version stays until the last of it is `Completed`."""
+
+    set: int
+    version: int
+    path: str
     prompts: tuple[PackedPrompt, ...]
 
 
@@ -174,7 +196,7 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """All that was to be told has been told."""
 
 
-ToProcess: TypeAlias = Setup | Ping | Prompts | NewWeights | Observation | End
+ToProcess: TypeAlias = Setup | Ping | Prompts | Rows | NewWeights | Observation | End
 FromProcess: TypeAlias = Ready | Pong | Loaded | TurnEnded | Completed | Made | Span | Incident | Refused | Ended
 
 decode_in_process: Callable[[bytes], ToProcess] = decoder(ToProcess, "the generator and its process")
@@ -216,6 +238,12 @@ def pack_rollout(rollout: Rollout) -> PackedRollout:
         observed=rollout.observed,
         rows=rollout.rows,
     )
+
+
+def pack_group(group: RolloutGroup) -> Completed:
+    """Exact; the prompt stays behind."""
+    rollouts = tuple(map(pack_rollout, group.rollouts))
+    return Completed(gid=group.prompt.gid, rollouts=rollouts, prompt_experts=group.prompt_experts)
 
 
 def unpack_rollout(packed: PackedRollout) -> Rollout:

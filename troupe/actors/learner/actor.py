@@ -161,6 +161,9 @@ class Learner(Actor):
         await self._send_snapshot(final=True)
         if (evaluations := self._to.evaluations) is not None:
             await evaluations.ask_last(self.version, self.weights)
+            evaluations.channel.close()
+        if self._trainer.others is not None:
+            await self._trainer.others.until_alone()
 
     async def stop(self) -> None:
         """End the other ranks."""

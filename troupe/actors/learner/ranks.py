@@ -112,6 +112,7 @@ class RankProcesses:
         self._something = anyio.Event()
         self._is_learning = self._is_closing = False
         self._met, self._host = anyio.Event(), host
+        self._hosted: list[HostedChild] = []
         self._watching: TaskGroup
         self._first = 0
         self._loop: asyncio.AbstractEventLoop
@@ -163,6 +164,11 @@ class RankProcesses:
             if self._host is not None:
                 self._watching.start_soon(self._host.run)
 
+    async def until_alone(self) -> None:
+        """Wait until there is no generator beside any of them: some decode what is evaluated last."""
+        for each in self._hosted:
+            await each.ended.wait()
+
     async def aclose(self) -> None:
         """End the children. Safe to call twice."""
         ranks, self._ranks, self._is_closing = self._ranks, [], True
@@ -178,12 +184,15 @@ class RankProcesses:
         await self._met.wait()
         if rank == 0:
             assert self._host is not None
-            return await self._host.start(setup, listener)
+            child = HostedChild(self._host.open(), os.getpid())
+            self._hosted.append(child)
+            return await GeneratorChild.over(child, setup, listener, holds_from=0)
         ours, theirs = Line.pair()
         each, session = self._ranks[rank - 1], next(_SESSIONS)
         each.lines[session] = theirs
         self._watching.start_soon(self._bring, each, session, theirs)
         child = HostedChild(ours, each.child.pid)
+        self._hosted.append(child)
         return await GeneratorChild.over(child, setup, listener, holds_from=self._first)
 
     async def _bring(self, each: _Rank, session: int, line: Line) -> None:

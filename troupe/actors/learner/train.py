@@ -73,6 +73,9 @@ class OtherRanks(Protocol):
     async def meet(self, device: DeviceThread) -> None:
         """Come together, while they are watched."""
 
+    async def until_alone(self) -> None:
+        """Wait until they do nothing else any more."""
+
     async def aclose(self) -> None:
         """End them."""
 

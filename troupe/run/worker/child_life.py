@@ -2,6 +2,7 @@
 
 from collections import Counter, deque
 from collections.abc import Callable
+from pathlib import Path
 
 import anyio
 from anyio.abc import TaskGroup
@@ -10,7 +11,7 @@ from troupe.actors.generator.child import GeneratorChild
 from troupe.actors.generator.cluster_wire import MAX_SPANS, Done, Observe, Spans, decode_accepted, decode_observed
 from troupe.actors.generator.kin import probe_answer
 from troupe.actors.generator.parts import Part
-from troupe.actors.generator.wire import Completed, pack_rollout, pack_turn
+from troupe.actors.generator.wire import pack_group, pack_turn
 from troupe.cluster.blobs import BlobMissingError
 from troupe.cluster.link import Link
 from troupe.cluster.version_files import VersionFiles
@@ -75,6 +76,8 @@ class ChildLife:
         self._given: dict[str, dict[int, RolloutGroup | None]] = {}
         """Parts that the child was given → their groups, as far as it has made them."""
         self._reading: Counter[int] = Counter()
+        self._evaluated: set[int] = set()
+        """The version that was evaluated last."""
         self._loaded = anyio.Event()
 
     def begin(self, child: GeneratorChild, tasks: TaskGroup) -> None:
@@ -122,10 +125,26 @@ class ChildLife:
 
     async def decode(self, part: Part) -> None:
         """Have a part decoded that is in hand, with its version; in the free schedule with one that is new enough."""
-        if part.version is None:
+        if part.set is not None and part.version is not None:
+            await self._evaluate(part, part.version)
+        elif part.version is None:
             await self._fresh()
-        elif not await self._have(part.name, part.version):
-            return
+            await self._give(part)
+        elif await self._have(part.name, part.version):
+            await self._give(part)
+
+    async def _evaluate(self, part: Part, version: int) -> None:
+        """Rows of an evaluation: its version stays here until they are decoded, and until another one is evaluated."""
+        self._evaluated, self._reading[version] = {version}, self._reading[version] + 1
+        try:
+            if (path := await self._fetched(part.name, version)) is not None:
+                await self._give(part, path)
+                await self.child.until_done(part.name)
+        finally:
+            self._reading -= Counter([version])
+
+    async def _give(self, part: Part, path: Path | None = None) -> None:
+        """Give the child a part; `path`: the file of its version where the child has that not by itself."""
         if part.name not in self._hands:
             return
         if part.name in self.child.parts:  # it was taken away meanwhile, and has come again
@@ -135,7 +154,10 @@ class ChildLife:
             return
         self._given = {name: groups for name, groups in self._given.items() if name in self.child.parts}
         self._given[part.name] = dict.fromkeys(prompt.gid for prompt in part.prompts)
-        await self.child.decode(part)
+        if path is None:
+            await self.child.decode(part)
+        else:
+            await self.child.evaluate(part, path)
 
     async def decode_probe(self, part: Part) -> list[RolloutGroup]:
         """What a probe comes to. BlobMissingError where its version has gone."""
@@ -173,6 +195,18 @@ class ChildLife:
             self._reading -= Counter([version])
         return True
 
+    async def _fetched(self, name: str, version: int) -> Path | None:
+        """The file of a version, once the run has published it; None where the part that needs it is not wanted any
+        more."""
+        nth = 0
+        while name in self._hands:
+            try:
+                return await self._files.fetch(version)
+            except BlobMissingError:
+                nth += 1
+                await anyio.sleep(backoff_s(nth, _SOON_S, _AGAIN_S))
+        return None
+
     async def _fresh(self) -> None:
         """Wait until the child has the newest version of this moment, or one that leaves time enough until what it
         samples would be too old to be trained on."""
@@ -203,13 +237,12 @@ class ChildLife:
                 self._reading -= Counter([version])
             self._loaded.set()
             self._loaded = anyio.Event()
-            self._files.keep({version, *self._hands.versions(), *self._reading})
+            self._files.keep({version, *self._evaluated, *self._hands.versions(), *self._reading})
 
     async def _tell_group(self, part: str, group: RolloutGroup) -> None:
         gid = group.prompt.gid
-        rollouts = tuple(map(pack_rollout, group.rollouts))
-        completed = Completed(gid=gid, rollouts=rollouts, prompt_experts=group.prompt_experts)
-        accepted = decode_accepted(await self._link.ask("done", encode(Done(part=part, completed=completed))))
+        done = Done(part=part, completed=pack_group(group))
+        accepted = decode_accepted(await self._link.ask("done", encode(done)))
         self.groups += accepted.verdict == "taken"
         self._hands.told(gid)
 

@@ -49,6 +49,8 @@ _SETUP_BYTES = 1024 * 1024 * 1024
 _AGAIN_S = 0.5
 _KIN_S = 1.0
 _MORE_VERSIONS = 3
+_EVALUATED = 2
+"""Files of a version that is evaluated: itself, and what it may be a change of."""
 _REASON_CHARS = 2000
 
 T = TypeVar("T")
@@ -137,7 +139,8 @@ class Generating:
             await link.ask("full", encode(WholeVersion(version=version)))
 
         async with self._device() as device, anyio.create_task_group() as telling:
-            with self._folder((setup.max_staleness + _MORE_VERSIONS) * size) as folder:
+            versions = setup.max_staleness + _MORE_VERSIONS + (_EVALUATED if setup.sets else 0)
+            with self._folder(versions * size) as folder:
                 files = VersionFiles(self._bus, self._run, folder, device, damaged=damaged)
                 await self._with_children(link, terms, setup, files, telling)
 

@@ -99,11 +99,16 @@ class Hands:
 
 def part_of(frame: PartFrame) -> Part:
     """A part as the generator takes it. MessageError where the frame is none."""
+    is_of_rows = frame.name.startswith("e.")
     try:
-        step, attempt, number = map(int, frame.name.split("."))
+        step, middle, number = map(int, frame.name.removeprefix("e.").split("."))
     except ValueError:
         raise MessageError(f"{frame.name!r} is no name of a part") from None
     prompts = tuple(map(unpack_prompt, frame.prompts))
     if not prompts:
         raise MessageError(f"part {frame.name} has no prompts")
-    return Part(step=step, attempt=attempt, number=number, version=frame.version, prompts=prompts)
+    if not is_of_rows:
+        return Part(step=step, attempt=middle, number=number, version=frame.version, prompts=prompts)
+    if frame.version != step:
+        raise MessageError(f"part {frame.name} is of version {frame.version}")
+    return Part(step=step, set=middle, number=number, version=step, prompts=prompts)

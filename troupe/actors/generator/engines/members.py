@@ -147,7 +147,7 @@ class EngineMembers:
                 if (room := engine.server.config.most - len(engine.parts)) < 1:
                     await freed.wait()
                     continue
-                for part in await crew.take(engine, most=room):
+                for part in await crew.take(engine, most=room, rows=False):
                     engine.parts.add(part.name)
                     decodes.start_soon(decode, part)
         if failed:  # else it was cancelled from outside
