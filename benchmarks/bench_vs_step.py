@@ -102,9 +102,15 @@ def write_inputs(folder: Path, args: argparse.Namespace) -> None:
         "per_device_train_batch_size": args.prompts * args.group,
         "gradient_checkpointing": False,
         "beta": 0.0,
+    }
+    job = {
+        "model": str(model),
+        "rows": rows,
+        "threads": args.threads,
+        "reward": "varied",
+        "settings": settings,
         "lora_rank": args.lora,
     }
-    job = {"model": str(model), "rows": rows, "threads": args.threads, "reward": "varied", "settings": settings}
     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
 
 
@@ -187,7 +193,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--memory-limit", type=float, help="of ours, in GB")
     parser.add_argument("--max-staleness", type=int, default=0, help="of ours")
     parser.add_argument("--schedule", default="{}", help="more of our [schedule], as JSON")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.lora and args.trl_python:
+        parser.error("TRL's side trains all weights; leave out --trl-python with --lora")
+    return args
 
 
 def main() -> None:

@@ -48,7 +48,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     model, tokenizer = importlib.import_module("mlx_lm").load(job["model"])
     trainer = importlib.import_module("mlx_lm_lora.trainer.grpo_trainer")
     settings, clock = job["settings"], Clock()
-    if rank := settings.get("lora_rank"):
+    if rank := job.get("lora_rank"):
         model.freeze()
         tuner = importlib.import_module("mlx_lm.tuner.utils")
         tuner.linear_to_lora_layers(model, -1, {"rank": rank, "scale": 2.0, "dropout": 0.0})

@@ -72,5 +72,5 @@ def test_figures_of_other_conditions_are_not_compared() -> None:
     of_set = held_out.sets["sums"]
     assert of_set.changes == {20: ("rows 400 (sum a) → 200 (sum b)",)}
     assert [[point.version for point in part] for part in of_set.stretches("accuracy")] == [[0, 10], [20, 30]]
-    line = "accuracy 25.0% → 50.0% at step 30 (other conditions before step 20), best 50.0% at step 30"
-    assert str(of_set) == line
+    line = "accuracy 25.0% → 50.0% at step 30, its best (other conditions before step 20)"
+    assert (str(of_set), of_set.short) == (line, "accuracy 50.0% (from 25.0%)")

@@ -121,6 +121,13 @@ def test_evaluating_is_device_work_that_is_told_by_itself() -> None:
     assert figures["time/device_s"] == 5.0
     assert (figures["time/reward/hidden_s"], figures["time/reward/exposed_s"]) == (1.0, 1.0)
     assert step.end_step(12.0)["time/evaluation/exposed_s"] == 0.0
+    step.add(
+        span("generator", "generate", 12.0, 13.0, lane=1)
+    )  # who generates decodes rows, too, where it has processes
+    step.add(span("generator", "evaluate", 12.5, 15.0, lane=2))
+    figures = step.end_step(16.0)
+    assert (figures["time/evaluation/hidden_s"], figures["time/evaluation/exposed_s"]) == (0.5, 2.0)
+    assert figures["time/device_s"] == 3.0
 
 
 def test_a_span_over_two_steps_counts_in_both_as_far_as_it_goes() -> None:

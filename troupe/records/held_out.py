@@ -88,14 +88,19 @@ class HeldOut(msgspec.Struct, frozen=True, kw_only=True):
         first, newest = points[0], points[-1]
         error = "" if newest.se is None else f" ± {_told(figure, newest.se)}"
         line = f"{_told(figure, newest.value)}{error} at step {newest.version:,}"
-        if self.changes:
-            line += f" (other conditions before step {self.since:,})"
-        if first is newest:
-            return f"{figure} {line}"
-        best = max(points, key=lambda point: point.value)
-        return (
-            f"{figure} {_told(figure, first.value)} → {line}, best {_told(figure, best.value)} at step {best.version:,}"
-        )
+        if first is not newest:
+            best = max(points, key=lambda point: (point.value, point.version))
+            of_best = f"{_told(figure, best.value)} at step {best.version:,}"
+            line = f"{_told(figure, first.value)} → {line}, {'its best' if best is newest else f'best {of_best}'}"
+        return f"{figure} {line}" + (f" (other conditions before step {self.since:,})" if self.changes else "")
+
+    @property
+    def short(self) -> str:
+        """The newest figure, and the first, for where there is little room."""
+        figure = self.headline
+        first, newest = (self.compared(figure)[place] for place in (0, -1))
+        of_first = "" if first is newest else f" (from {_told(figure, first.value)})"
+        return f"{figure} {_told(figure, newest.value)}{of_first}"
 
 
 class Standings:
@@ -110,11 +115,12 @@ class Standings:
         """One that takes the place of what the version came to on the set before."""
         self._take({(evaluated.version, evaluated.name): evaluated})
 
-    def lines(self, encoding: str = "utf-8") -> list[tuple[str, str]]:
+    def lines(self, encoding: str = "utf-8", *, short: bool = False) -> list[tuple[str, str]]:
         """(name, in words) of each set; of one that is alone with the rows of `data.eval_path` without its name."""
         sets = self.sets
         names = [""] if list(sets) == [HELD_OUT] else [one_line(name, encoding) for name in sets]
-        return [(name, arrows(str(held_out), encoding)) for name, held_out in zip(names, sets.values(), strict=True)]
+        told = [one.short if short else arrows(str(one), encoding) for one in sets.values()]
+        return list(zip(names, told, strict=True))
 
     def _take(self, told: Mapping[tuple[int, str], Evaluated]) -> None:
         if any(self._told.get(key) != one for key, one in told.items()):

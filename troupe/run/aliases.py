@@ -65,7 +65,6 @@ GRPO_CONFIG = (
     _same("learner", "scale_rewards", note='texts only: `"group"`, `"batch"`, `"none"`'),
     _a("reward_weights", "rewards.weights"),
     _same("learner", "mask_truncated_completions", note="a stop string's end is no truncation"),
-    _a("teacher_model_name_or_path", "teacher.path", "see [distillation](distillation.md)"),
     _same("learner", "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"),
     _same("learner", "top_entropy_quantile", "entropy_coef", "use_adaptive_entropy"),
     _same("learner", "entropy_target", "entropy_coef_delta", "entropy_coef_min", "entropy_coef_max"),
@@ -99,6 +98,7 @@ GRPO_CONFIG = (
 )
 
 OTHER_COMMANDS = (
+    _a("teacher_model_name_or_path", "teacher.path", "see [distillation](distillation.md)"),
     _a("--model_name_or_path", "model.path", "models of the families that are known"),
     _a("--dataset_name", "data.path", "`hf:NAME`, or a file"),
     _a("--dataset_config --dataset_train_split", "data.path", "within the name: `hf:NAME?config=…&split=…`"),

@@ -7,7 +7,7 @@ compute on the device and of those whose work is meant to hide behind them; it r
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 from troupe.messages import Span
@@ -19,8 +19,10 @@ ON_DEVICE = ("generator", "learner", "teacher")
 BEHIND_DEVICE = {"reward": "scorer", "logging": "metrics", "checkpoint": "checkpointer", "environment": "environment"}
 """Work that should hide behind the device's → the actor that does it."""
 _NOT_IN_EVERY_RUN = "environment"
-_EVALUATOR, _DECODES = "evaluator", "generate"
-"""Who answers rows that are not trained on, and its spans that are the device's work."""
+_EVALUATOR = "evaluator"
+"""Who answers rows that are not trained on."""
+_EVALUATING = {(_EVALUATOR, "generate"), ("generator", "evaluate")}
+"""Actor and name of spans in which rows are decoded that are not trained on: here, or by who generates."""
 
 
 def union(intervals: Iterable[Interval]) -> list[Interval]:
@@ -134,13 +136,11 @@ class StepTimes:
         for actor, its in times.items():
             figures[f"time/{actor}/busy"] = length(its.work) / window_s
             figures[f"time/{actor}/idle"] = length(its.wait) / window_s
-        device = union(interval for actor in ON_DEVICE if actor in times for interval in times[actor].work)
+        training, evaluating = _device_work(by_actor, start_s, now_s)
+        device = union([*training, *evaluating])
         if _EVALUATOR in times:
-            decoding = [span for span in by_actor[_EVALUATOR] if span.name == _DECODES]
-            evaluating = Times(decoding, start_s, now_s).work
-            figures["time/evaluation/hidden_s"] = length(intersection(evaluating, device))
-            figures["time/evaluation/exposed_s"] = length(difference(evaluating, device))
-            device = union([*device, *evaluating])
+            figures["time/evaluation/hidden_s"] = length(intersection(evaluating, training))
+            figures["time/evaluation/exposed_s"] = length(difference(evaluating, training))
         figures["time/device_s"] = length(device)
         for name, actor in BEHIND_DEVICE.items():
             if actor == _NOT_IN_EVERY_RUN and actor not in times:
@@ -149,3 +149,18 @@ class StepTimes:
             figures[f"time/{name}/hidden_s"] = length(intersection(work, device))
             figures[f"time/{name}/exposed_s"] = length(difference(work, device))
         return figures
+
+
+def _device_work(
+    by_actor: Mapping[str, Sequence[Span]], start_s: float, end_s: float
+) -> tuple[list[Interval], list[Interval]]:
+    """The device's work for training, and that for rows that are not trained on."""
+
+    def work(actors: Iterable[str], *, of_rows: bool) -> list[Interval]:
+        chosen = [
+            [span for span in by_actor.get(actor, ()) if ((actor, span.name) in _EVALUATING) is of_rows]
+            for actor in actors
+        ]
+        return union(moment for spans in chosen for moment in Times(spans, start_s, end_s).work)
+
+    return work(ON_DEVICE, of_rows=False), work((*ON_DEVICE, _EVALUATOR), of_rows=True)

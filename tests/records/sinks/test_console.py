@@ -254,5 +254,5 @@ def test_plain_lines_tell_of_evaluations_and_of_each_finding_once() -> None:
         "diagnosis: nothing to learn: all are equal (since step 2); try --set a.b=1",
         "diagnosis: other: all are equal (since step 2); try --set a.b=1",
         "evaluated sums: accuracy 25.0% at step 0",
-        "evaluated sums: accuracy 25.0% → 50.0% at step 4, best 50.0% at step 4",
+        "evaluated sums: accuracy 25.0% → 50.0% at step 4, its best",
     ]

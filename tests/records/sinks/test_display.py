@@ -203,6 +203,7 @@ def test_after_a_resume_all_evaluations_before_it_count() -> None:
     display = Display(msgspec.structs.replace(RUN, first_step=40, evaluated=past), clock=Clock())
     told = "held-out  sums  avg@4 0.250 → 0.500 ± 0.020 at step 40, best 0.750 at step 20"
     assert told in "\n".join(drawn(display, 120))
+    assert line(display, "held-out", 40) == "held-out  sums  avg@4 0.500 (from 0.250)"
 
 
 def evaluated(version: int, value: float, name: str = "sums") -> Evaluated:

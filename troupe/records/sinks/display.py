@@ -141,14 +141,14 @@ class Display:
             below = [*function_lines(self._metrics, self._encoding), *pool_lines(self._metrics)]
             left = [*self._curve(room, max(chart, len(right) - 1 - len(below))), *below]
             yield Block(beside([[padded(text, room) for text in left], right]))
-            yield Block(self._held_out_lines(), rank=2)
+            yield Block(self._held_out_lines(width), rank=2)
             return
         heading, *curve = self._curve(width, chart)
         yield Block([heading])
         yield Block(curve, rank=1)
         yield Block(function_lines(self._metrics, self._encoding), rank=5)
         yield Block(pool_lines(self._metrics), rank=6)
-        yield Block(self._held_out_lines(), rank=2)
+        yield Block(self._held_out_lines(width), rank=2)
         yield Block([Text()], rank=10)
         columns = max(1, min(len(_PANELS), (width + GAP) // (_PANEL_WIDTH + GAP)))
         room = (width - GAP * (columns - 1)) // columns
@@ -231,11 +231,11 @@ class Display:
         drawn = shaded(area(values, room, rows, encoding=self._encoding), REWARD)
         return [heading, *(line(label, *parts) for label, parts in zip(labels, drawn, strict=True))]
 
-    def _held_out_lines(self) -> list[Text]:
+    def _held_out_lines(self, width: int) -> list[Text]:
         """How the sets of held-out rows stand, a line each."""
         return [
             row("held-out", (name and f"{name}  ", "dim"), (standing, ""))
-            for name, standing in self._held_out.lines(self._encoding)[:_MOST_SETS]
+            for name, standing in self._held_out.lines(self._encoding, short=width < _NARROW)[:_MOST_SETS]
         ]
 
     def _banner(self) -> Text | None:
