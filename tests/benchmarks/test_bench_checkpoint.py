@@ -25,6 +25,7 @@ def test_a_step_is_compared_with_those_around_it() -> None:
         bench.compared({"learn": learned, "checkpoint": [(9.0, 15.0), (82.0, 90.0)]})
 
 
+@pytest.mark.slow
 def test_a_run_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "POLICY", msgspec.structs.replace(CONFIG, max_position_embeddings=64))
     shape = ["--pairs", "4", "--prompts", "2", "--group", "2", "--new-tokens", "4", "--generator", "thread"]

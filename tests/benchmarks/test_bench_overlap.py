@@ -24,6 +24,7 @@ def lines_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[s
     return lines
 
 
+@pytest.mark.slow
 def test_latencies_are_compared_with_a_sequential_loop(capsys: pytest.CaptureFixture[str]) -> None:
     device, sequential, run = lines_of(capsys, "--parts", "latency", "--latencies", "1", "--staleness", "1")
     assert device["device_s"] == pytest.approx(device["generate_s"] + device["learn_s"], abs=2e-4)

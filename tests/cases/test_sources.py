@@ -252,6 +252,7 @@ def test_a_dry_run_makes_a_few_rows_and_knows_how_many_there_are(
     assert rows_made(made) == 2 * 4 + 500 + 4, "what is kept is read whole"
 
 
+@pytest.mark.slow
 def test_how_far_it_is_is_told_now_and_then(
     made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

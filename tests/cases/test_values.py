@@ -297,6 +297,7 @@ def logs_what_it_likes(completions: list[str], log_extra: Any, log_metric: Any, 
     return [float(len(c)) for c in completions]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", ["auto", "process"])
 def test_what_a_reward_logs_costs_no_checkpoint_and_no_step(tmp_path: Path, tiny_model: Path, run: str) -> None:
     config = tiny_config(

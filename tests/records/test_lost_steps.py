@@ -100,6 +100,7 @@ def test_a_file_that_cannot_be_read_now_says_nothing(tmp_path: Path, monkeypatch
     assert lost_steps(tmp_path, 4, {"jsonl": 0}, ["jsonl"]) == []
 
 
+@pytest.mark.slow
 @pytest.mark.anyio
 async def test_of_steps_that_a_disk_never_took_it_is_not_said_that_the_file_had_them(
     tmp_path: Path, ragged_model: Path, monkeypatch: pytest.MonkeyPatch

@@ -117,6 +117,7 @@ def hanging() -> Iterator[None]:
     process_rewards.HERE.clear()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("hanging")
 async def test_calls_that_do_not_end_are_told_of_and_then_made_where_they_can_be_killed() -> None:
     async with started("tests.rewards.process_rewards:late", timeout_s=1.0) as (manager, told):

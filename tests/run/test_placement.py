@@ -177,6 +177,7 @@ async def test_the_free_schedule_goes_to_its_end(
     watch.check_nothing_is_left(processes=1)
 
 
+@pytest.mark.slow
 async def test_a_killed_process_is_restarted_and_changes_nothing(
     tmp_path: Path, ragged_model: Path, watch: Watch
 ) -> None:

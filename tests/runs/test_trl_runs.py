@@ -100,6 +100,7 @@ def l2(weight: mx.array) -> float:
     return float(np.linalg.norm(np.array(weight, dtype=np.float64)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS, ids=[run["name"] for run in RUNS])
 def test_a_run_of_trl_replayed_micro_batch_by_micro_batch(run: Run) -> None:
     config = learner_config(run)

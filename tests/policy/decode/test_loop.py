@@ -31,6 +31,7 @@ POLICY = random_policy(CONFIG, seed=5)
 POLICIES = {
     name: shaken_policy(config, seed=5) for name, config in family_configs(hidden_size=32).items() if name != "qwen3"
 } | {"qwen3": POLICY}
+QUICK = ("qwen3", "qwen3-moe", "qwen3_5", "gemma3")
 TOLERANCE = 1e-4
 ROOM = CONFIG.max_position_embeddings
 
@@ -105,7 +106,9 @@ def cases(draw: st.DrawFn) -> tuple[list[RolloutRequest], GenerationConfig, froz
     )
 
 
-@pytest.mark.parametrize("family", POLICIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in POLICIES]
+)
 @settings(max_examples=5, deadline=None)
 @given(cases(), st.sampled_from([(cache.WHOLE_PROMPT, cache.PIECE_TOKENS), (5, 9), (20, 64), (0, 1)]), st.booleans())
 def test_any_batch_is_its_rows_alone(

@@ -108,6 +108,7 @@ def peak_of(work: Any) -> int:
     return int(mx.get_peak_memory() - before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "T"), [pytest.param(1, 700, marks=SLOW), (8, 300), pytest.param(40, 64, marks=SLOW), (2, 2500)]
 )

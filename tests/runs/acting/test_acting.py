@@ -58,6 +58,7 @@ def test_a_run_plays(plain: RunResult) -> None:
     assert set(calls(Path(plain.folder).parent).values()) == {1}
 
 
+@pytest.mark.slow
 def test_it_learns_to_foresee_what_it_observes(player: Path, plain: RunResult, tmp_path: Path) -> None:
     run = play(player, tmp_path, learner__echo_alpha=1.0, learner__lr=5e-3, learner__lanes=2)
     nats = column(run.folder, "echo/loss")
@@ -65,6 +66,7 @@ def test_it_learns_to_foresee_what_it_observes(player: Path, plain: RunResult, t
     assert "echo/loss" not in lines(plain.folder)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -139,6 +141,7 @@ def test_an_episode_that_fails_is_missing_and_the_run_goes_on(player: Path, tmp_
     assert any(each.reward is not None for each in done)
 
 
+@pytest.mark.slow
 def test_held_out_rows_are_played(player: Path, tmp_path: Path) -> None:
     config = tiny_config(player, tmp_path, **STORED | acting(tmp_path))
     data = msgspec.structs.replace(config.data, eval_path=config.data.path)

@@ -52,6 +52,7 @@ EVERYTHING: dict[str, Any] = DORA | {
 EACH: dict[str, Any] = {"checkpoint__every": 1, "learner__max_steps": 5}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "staleness"),
     [

@@ -40,6 +40,7 @@ EVERYTHING: dict[str, Any] = {
 PROCESS: dict[str, Any] = {"schedule__generator": "process"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "staleness"),
     [

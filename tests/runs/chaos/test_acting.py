@@ -53,6 +53,7 @@ def plan_of(seed: int, **changes: Any) -> Plan:
     return msgspec.structs.replace(draw_plan(seed), **quiet | changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(12))
 def test_timing_and_faults_change_nothing_and_nothing_is_asked_twice(seed: int) -> None:
     plan = plan_of(seed, mode="pinned", faults=0.004)

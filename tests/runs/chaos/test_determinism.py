@@ -95,6 +95,7 @@ def check(stored: Checkpoint, straight: Straight, config: RunConfig) -> None:
     assert sorted(stored.behind) == list(range(STEPS - config.schedule.max_staleness, STEPS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "max_staleness", "timings"),
     [

@@ -91,6 +91,7 @@ def delete(folder: Path) -> None:
 HARMS = (move, move_above, move_and_make_anew, link_elsewhere, delete)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", HARMS, ids=lambda harm: harm.__name__)
 async def test_a_run_whose_folder_is_taken_away_ends_and_its_own_folder_goes_on(
     tmp_path: Path, ragged_model: Path, harm: Callable[[Path], Path | None]

@@ -51,6 +51,7 @@ async def test_the_store_of_a_run_has_all_that_happened(tmp_path: Path, ragged_m
     assert (result.incidents, result.switched_off_sinks) == ({}, {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_staleness", [pytest.param(0, marks=pytest.mark.slow), 1])
 async def test_over_resumes_everything_stands_once(tmp_path: Path, ragged_model: Path, max_staleness: int) -> None:
     settings: dict[str, Any] = {

@@ -113,6 +113,7 @@ RESAMPLING: dict[str, Any] = {
 SLOW = pytest.mark.slow
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("staleness", "settings", "reward"),
     [

@@ -36,6 +36,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {f.name: f.read_bytes() for f in folder.iterdir() if f.suffix == ".json" and f.name not in ours}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("becomes", ["nothing", "another"])
 @pytest.mark.parametrize("generator", ["thread", "process"])
 def test_a_model_folder_that_changes_or_goes_spoils_no_checkpoint(
@@ -92,6 +93,7 @@ def test_a_generator_s_process_that_is_made_anew_needs_no_folder(tmp_path: Path,
     assert _tokenizer(told).encode("abc") == policy.tokenizer.encode("abc")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("generator", ["thread", "process"])
 def test_a_head_of_its_own_goes_through_a_run(tmp_path: Path, generator: str) -> None:
     model = copy_case("tied_flag_own_head", tmp_path) / "model"

@@ -21,6 +21,7 @@ def with_rewards(config: RunConfig, **rewards: Any) -> RunConfig:
     return load_config(None, [config_table(config), {"rewards": rewards}])
 
 
+@pytest.mark.slow
 def test_a_reward_in_processes_gives_the_run_that_it_gives_here(tmp_path: Path, tiny_model: Path) -> None:
     here = troupe.train(tiny_config(tiny_model, tmp_path / "here"), [weigh_ids])
     config = with_rewards(

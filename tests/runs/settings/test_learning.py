@@ -41,6 +41,7 @@ OF_ITS_OWN = {"cispo": "cispo_clip_ratio", "vespo": "vespo/phi_seq_mean"}
 """Loss type → the metric that only it has; the others tell of clipping, but for SAPO, which has a soft gate."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss_type", get_args(LossType))
 def test_every_loss_type_teaches_something_and_tells_of_its_own_clipping(
     by_loss: dict[str, Path], untrained: Weights, loss_type: str
