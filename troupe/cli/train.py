@@ -176,6 +176,7 @@ def describe_plan(prepared: Prepared) -> list[str]:
         *([] if config.task == "grpo" else [f"a step: {learner.batch_size} rows, learned by their likelihood"]),
         *([] if config.warm_start.path is None else [_describe_warm_start(prepared)]),
         *(_describe_sampling(prepared) if config.task == "grpo" else []),
+        *_describe_teachers(prepared),
         *([] if config.task == "grpo" else [f"learning rate {learner.lr:g} ({learner.lr_scheduler})"]),
         f"schedule: {config.schedule.mode}, max_staleness {config.schedule.max_staleness}; a checkpoint every "
         f"{config.checkpoint.every} steps",
@@ -206,6 +207,20 @@ def _describe_warm_start(prepared: Prepared) -> str:
     warm, rows = prepared.config.warm_start, prepared.config.learner.batch_size
     steps = prepared.inputs.warm_steps
     return f"warm start: {steps} steps of {rows} rows, learning rate {warm.lr:g} ({warm.lr_scheduler})"
+
+
+def _describe_teachers(prepared: Prepared) -> list[str]:
+    """Who is asked about each token, and what the answer counts."""
+    teacher, loaded = prepared.config.teacher, prepared.inputs.teachers
+    if loaded is None:
+        return []
+    paths = {"": teacher.path} | {model.name: model.path for model in teacher.models}
+    counts = f"its word counts {teacher.coef:g}, the rewards {teacher.reward_coef:g}"
+    return [
+        f"teacher{name and f' {name}'}: {paths[name]}, {_count(parameter_count(each.policy.config))} weights in "
+        f"{each.policy.dtype}; {counts}"
+        for name, each in loaded.by_name.items()
+    ]
 
 
 def _describe_ranks(prepared: Prepared) -> str:

@@ -153,6 +153,13 @@ def test_what_is_on_already_is_no_remedy(changes: dict[str, dict[str, Any]], rem
     assert finding.remedy == remedy
 
 
+@pytest.mark.parametrize(("coef", "found"), [(1.0, []), (0.0, ["no_signal"])])
+def test_groups_of_equal_rewards_have_signal_where_a_teacher_is_learned_from(coef: float, found: list[str]) -> None:
+    config = CONFIG | {"teacher": {"path": "teacher", "coef": coef}}
+    findings = watched(*falling_ill(SICK["no_signal"][0]), config=config).all_findings
+    assert [finding.rule for finding in findings] == found
+
+
 @pytest.mark.parametrize("rule", ["reward_down", "lengths", "entropy_explosion"])
 def test_rows_that_get_harder_are_no_sickness(rule: str) -> None:
     harder = falling_ill(SICK[rule][0])

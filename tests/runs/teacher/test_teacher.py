@@ -19,7 +19,9 @@ from tests.support.straight import run_straight
 from tests.support.tiny import write_tiny_model
 from troupe import RunConfig
 from troupe.checkpoint import list_checkpoints, load_checkpoint
+from troupe.cli.train import describe_plan
 from troupe.errors import CheckpointError, ConfigError
+from troupe.run.prepare import prepare
 from troupe.runtime import linux_cpu
 
 pytestmark = pytest.mark.no_cover
@@ -54,6 +56,9 @@ def test_the_weights_are_those_of_the_plain_loop(
     tmp_path: Path, ragged_model: Path, teacher: Path, settings: dict[str, Any]
 ) -> None:
     config = config_of(ragged_model, tmp_path, teacher, **settings, learner__max_steps=3)
+    [line] = [line for line in describe_plan(prepare(config, [weigh_ids])) if line.startswith("teacher: ")]
+    assert line.startswith(f"teacher: {teacher}, ")
+    assert line.endswith(f"its word counts {config.teacher.coef:g}, the rewards {config.teacher.reward_coef:g}")
     result = troupe.train(config, [delayed(1)])
     assert result.incidents == {}
     assert same_bits(policy_of(result.folder), run_straight(config, weigh_ids).weights)
@@ -195,5 +200,8 @@ def test_another_teacher_is_allowed_by_name_alone(tmp_path: Path, ragged_model: 
     more = config_of(ragged_model, tmp_path, mine, learner__max_steps=2)
     with pytest.raises(CheckpointError, match="has learned from another teacher"):
         troupe.train(more, [weigh_ids], resume=True, allow_changes=["learner.max_steps"])
-    troupe.train(more, [weigh_ids], resume=True, allow_changes=["learner.max_steps", "teacher.path"])
+    allowed = ["learner.max_steps", "teacher.path"]
+    told = prepare(more, [weigh_ids], resume=True, allow_changes=allowed).notices
+    assert any("are sampled once more" in notice for notice in told), "what the other said of them is not kept"
+    troupe.train(more, [weigh_ids], resume=True, allow_changes=allowed)
     assert len(list_checkpoints(tmp_path / "run")) == 2

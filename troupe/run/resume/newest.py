@@ -5,7 +5,7 @@ A checkpoint keeps of a group what cannot be had again: completions and scores. 
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -59,9 +59,8 @@ def newest_checkpoint(
         _check_same_policy(folder, found, policy, config)
         if "rewards.functions" not in allowed:
             _check_rewards(folder, found.state, identity.rewards)
-        if not {"teacher.path", "teacher.models"} & allowed:
-            _check_teacher(folder, found.made.teacher, identity.teacher)
-        if resumption is not None and resumption.samples_anew:
+        is_taught_otherwise = _has_other_teacher(folder, found.made.teacher, identity.teacher, allowed)
+        if is_taught_otherwise or (resumption is not None and resumption.samples_anew):
             notices.append("groups that were sampled and not trained on yet are sampled once more")
             # what was begun stays begun, but nothing is kept of what came of it
             bare = msgspec.structs.replace(found.unfinished, scored=(), collected=(), states={}, replaced=())
@@ -175,13 +174,16 @@ def _check_rewards(folder: Path, state: RunState, rewards: Sequence[str]) -> Non
         )
 
 
-def _check_teacher(folder: Path, before: str, now: str) -> None:
-    """CheckpointError where another one lies now where the run's teacher was."""
-    if before and now and before != now:
+def _has_other_teacher(folder: Path, before: str, now: str, allowed: Collection[str]) -> bool:
+    """Whether another one lies now where the run's teacher was. CheckpointError where that is not allowed."""
+    if not before or not now or before == now:
+        return False
+    if not {"teacher.path", "teacher.models"} & set(allowed):
         raise CheckpointError(
             f"{folder}: the run has learned from another teacher than the one named now, whose "
             "configuration, tokenizer or weights differ; restore it, or allow the other by --allow-change teacher.path"
         )
+    return True
 
 
 def _held(found: Checkpoint, policy: Policy) -> Checkpoint:
