@@ -121,7 +121,7 @@ def test_transformers_computes_the_same_of_it(folders: tuple[Path, Path]) -> Non
     assert float(mx.max(mx.abs(policy.model(mx.array([ids])) - logits))) <= 2e-4
 
 
-@pytest.mark.soak  # two minutes and a half beside another test: others show that such a model is read, and that runs learn
+@pytest.mark.soak  # two minutes and a half beside others, which show that such models are read, and that runs learn
 def test_the_reward_rises(folders: tuple[Path, Path], tmp_path: Path) -> None:
     """All weights, since their reward rises within the fewest steps: a minute of two idle cores."""
     shorter: dict[str, Any] = {
