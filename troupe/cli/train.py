@@ -18,6 +18,7 @@ import anyio
 import click
 import tomli_w
 
+from troupe.cli import run_flags
 from troupe.cli.commands import Command, report_errors
 from troupe.cli.config import TRAIN_KEYS, tell_policy_of_run, train_config, with_flag
 from troupe.daemon.control.answers import answer_checked
@@ -45,24 +46,16 @@ _LAST_WORDS_S = 0.5
 
 @click.command(cls=Command, keys=TRAIN_KEYS)
 @click.argument("run_toml", type=click.Path(path_type=Path), required=False)
-@click.option(
-    "-m", "--model", metavar="MODEL_DIR", help="Policy to train: a Hugging Face folder, a hub id, or a run folder."
-)
-@click.option("--lora", type=int, metavar="RANK", help="Train a LoRA adapter of this rank beside the policy.")
-@click.option("--adapter", metavar="ADAPTER_DIR", help="Go on with an adapter: a run's, PEFT's or mlx-lm's.")
+@run_flags.model
+@run_flags.lora
+@run_flags.adapter
 @click.option(
     "-d", "--dataset", metavar="PROMPTS", help="File (.json, .jsonl, .csv, .parquet), hf:… or reasoning_gym:…."
 )
-@click.option("--prompt-column", metavar="NAME", help="Column that holds the prompts.  [default: prompt]")
-@click.option("--chat", is_flag=True, help="Take a prompt that is a text as a user's message.")
-@click.option(
-    "--eval-data",
-    "--eval-dataset",
-    "eval_data",
-    metavar="PROMPTS",
-    help="Held-out prompts, completed before and after the run, or as [evaluation] says.",
-)
-@click.option("-o", "--output", metavar="OUT_DIR", help="Run folder; default: the next free runs/NAME-NNN.")
+@run_flags.prompt_column
+@run_flags.chat
+@run_flags.eval_data
+@run_flags.output
 @click.option("--lr", type=float, help="Peak learning rate.  [default: 1e-6]")
 @click.option("--epochs", type=int, help="Passes over the prompts.  [default: 3]")
 @click.option("--batch-size", type=int, help="Prompts a step.  [default: 4]")
@@ -72,26 +65,14 @@ _LAST_WORDS_S = 0.5
 @click.option("--environment", metavar="FILE.py:CLASS", help="What the policy acts in, over several turns.")
 @click.option("--tool", "tools", multiple=True, metavar="FILE.py:FUNC", help="Tool it may call; may be repeated.")
 @click.option("--max-steps", type=int, help="Stop after so many learner batches.")
-@click.option("--seed", type=int, help="Changes the run.  [default: 0]")
-@click.option("--memory-limit", type=float, metavar="GB", help="Most that the run's arrays may take.")
+@run_flags.seed
+@run_flags.memory_limit
 @click.option("--serve", metavar="HOST:PORT", help="Let workers join, at this address of this machine.")
-@click.option("--device", "devices", multiple=True, metavar="N:ROLES", help="What a card does; may be repeated.")
-@click.option("--resume", is_flag=True, help="Go on with the run in OUT_DIR from its newest whole checkpoint.")
-@click.option(
-    "--allow-change",
-    "allow_changes",
-    multiple=True,
-    metavar="section.key",
-    help="With --resume: a key that may differ from what the run was made with; may be repeated.",
-)
-@click.option(
-    "--set",
-    "settings",
-    multiple=True,
-    metavar="section.key=value",
-    help="Any key that --dry-run lists; may be repeated.",
-)
-@click.option("--dry-run", is_flag=True, help="Check everything, print plan and resolved config, train nothing.")
+@run_flags.device
+@run_flags.resume
+@run_flags.allow_change
+@run_flags.settings
+@run_flags.dry_run
 @unhurried()
 @report_errors
 def train(run_toml: Path | None, *, resume: bool, dry_run: bool, allow_changes: tuple[str, ...], **flags: Any) -> None:
