@@ -237,10 +237,13 @@ def _colour_of(tab: Tab, place: int) -> float:
 
 def _compare(tab: Tab) -> None:
     tab.page.get_by_role("button", name="Clear").click()
+    found(tab, "13 found")
     fill(tab, "to step", "1")
     found(tab, "3 found")
-    tab.page.locator(".listed .line").nth(0).click()
-    tab.see(lambda: "sample 0" in tab.text(".opened"))
+    first = tab.page.locator(".listed .line").nth(0)
+    _, gid, sample = (first.get_attribute("id") or "").split("-")
+    first.click()
+    tab.see(lambda: f"group {gid}, sample {sample}" in tab.text(".opened"))  # and not what was opened before
     tab.page.get_by_role("button", name="Compare with another").click()
     tab.page.locator(".listed").focus()
     tab.page.keyboard.press("Home")
