@@ -26,7 +26,7 @@ from tests.support.fake_worker import (
 )
 from troupe.actors.generator.audits import Audits
 from troupe.actors.generator.checks import ResultLimits, bits_of
-from troupe.actors.generator.cluster import ClusterMembers
+from troupe.actors.generator.cluster import _REMEMBERED, ClusterMembers
 from troupe.actors.generator.cluster_wire import Terms
 from troupe.actors.generator.crew import Crew
 from troupe.actors.generator.estimates import Estimates
@@ -51,6 +51,7 @@ LIMITS = ResultLimits(
     stop_ids=frozenset({1}),
     has_stop_strings=False,
     acts=False,
+    sets=((G, 8),),
 )
 
 
@@ -189,6 +190,31 @@ def test_what_a_silent_worker_had_goes_to_another_and_its_late_answer_changes_no
         hub.check(gids)
         assert set(slow.verdicts) == {"known"}
         assert set(other.verdicts) == {"taken"}
+
+    virtual_time.run(drive)
+
+
+def test_a_long_part_of_a_worker_is_not_forgotten_while_others_evaluate_many_rows() -> None:
+    async def drive() -> None:
+        broker = FakeBroker()
+        hub = Hub(broker)
+        slow = FakeWorker(broker.bus("slow"), broker.run, seconds=lambda part: 3600.0)
+        quick = FakeWorker(broker.bus("quick"), broker.run)
+        gids = hub.submit(1, places=1, parts=1)
+        async with hub.open([slow]):
+            await hub.until(lambda: bool(slow.held))
+            for number in range(_REMEMBERED // 512 + 1):
+                prompts = [msgspec.structs.replace(p, gid=-1 - 512 * number - p.gid) for p in prompts_of(0, 512)]
+                rows = Part(step=0, number=number, set=0, version=0, prompts=tuple(prompts))
+                hub.crew.submit(rows)
+                gids |= {prompt.gid for prompt in prompts}
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(quick.run)
+                await hub.until(lambda: len(hub.got) == len(gids) - 1)
+                await hub.until(lambda: bool(slow.verdicts or slow.why), 4000.0)
+                tasks.cancel_scope.cancel()
+        hub.check(gids)
+        assert (slow.verdicts, slow.why) == (["taken"], "")
 
     virtual_time.run(drive)
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.fakes import Reports, make_group, make_prompt
-from troupe.actors.generator.crew import Crew
+from troupe.actors.generator.crew import _REMEMBERED, Crew
 from troupe.actors.generator.parts import Part, parts_of
 from troupe.actors.generator.queue import MOST_PASSED_OVER
 from troupe.errors import RunError
@@ -223,6 +223,23 @@ async def test_rows_of_evaluations_come_last_one_at_a_time_and_not_too_late() ->
     taken = names(await rig.crew.take(other, most=2 * MOST_PASSED_OVER))
     assert taken.index("e.0.0.0") <= MOST_PASSED_OVER
     assert not {"e.0.0.1", "e.0.0.2"} & {*taken}
+
+
+async def test_what_is_open_is_not_forgotten_however_many_rows_are_evaluated_meanwhile() -> None:
+    rig, slow, other = Rig(), Someone("slow"), Someone("other")
+    (part,) = rig.submit(0, 2, 1)
+    await rig.crew.take(slow)
+    await rig.crew.completed(slow, make_group(part.prompts[0]))
+    many = _REMEMBERED + 1
+    rows = Part(step=0, number=0, set=0, version=0, prompts=tuple(make_prompt(-1, 100 + row) for row in range(many)))
+    rig.crew.submit(rows)
+    await rig.crew.take(other)
+    await rig.complete(other, rows)
+    rig.crew.lost(slow, "unplugged")
+    await rig.crew.take(other)
+    assert await rig.crew.completed(other, make_group(part.prompts[0])) == "known", "it decodes the whole part"
+    assert await rig.crew.completed(other, make_group(part.prompts[1])) == "taken"
+    assert len(rig.groups) == 2 + many
 
 
 ACTS = st.sampled_from(["submit", "take", "complete", "complete late", "lose", "come back", "forget"])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Sequence
 
 import anyio
@@ -35,6 +34,7 @@ from troupe.actors.generator.cluster_worker import ANSWER_S, ClusterWorker, Pull
 from troupe.actors.generator.crew import Crew
 from troupe.actors.generator.kin import Kinship
 from troupe.actors.generator.parts import Part
+from troupe.actors.generator.remembered import Remembered
 from troupe.actors.generator.trust import Trust
 from troupe.actors.generator.wire import TurnEnded, unpack_turn
 from troupe.cluster.desk import DeclineError, Desk, OffenceError
@@ -82,7 +82,9 @@ class ClusterMembers:
         self._kinship, self._trust = kinship, trust or Trust(desk, roster)
         self._put_whole, self._needs, self._until_there = put_whole, needs, until_there
         self._members: dict[str, ClusterWorker] = {}
-        self._asked: OrderedDict[int, tuple[Part, set[str]]] = OrderedDict()
+        self._asked: Remembered[tuple[Part, set[str]]] = Remembered(
+            _REMEMBERED, lambda gid: self._crew is not None and self._crew.is_open(gid)
+        )
         """Group → its part, and the names of those who had it."""
         self._crew: Crew | None = None
         self._tasks: TaskGroup
@@ -246,16 +248,18 @@ class ClusterMembers:
 
     def _remember(self, part: Part, name: str) -> None:
         for prompt in part.prompts:
-            _, names = self._asked.setdefault(prompt.gid, (part, set()))
-            names.add(name)
-            self._asked.move_to_end(prompt.gid)
-        while len(self._asked) > _REMEMBERED:
-            self._asked.popitem(last=False)
+            part, names = self._asked.get(prompt.gid) or (part, set())
+            self._asked.add(prompt.gid, (part, names | {name}))
+
+    def _part_of(self, name: str, gid: int) -> Part | None:
+        """The part of a group, where this worker has had it."""
+        part, names = self._asked.get(gid) or (None, set[str]())
+        return part if name in names else None
 
     async def _done(self, name: str, body: bytes) -> bytes:
         done, member = decode_done(body), self._member(name)
-        part, names = self._asked.get(done.completed.gid, (None, set[str]()))
-        if part is None or name not in names:
+        part = self._part_of(name, done.completed.gid)
+        if part is None:
             raise OffenceError(f"it completed group {done.completed.gid}, which it was not asked for")
         prompt, crew = part.prompt_of(done.completed.gid), self._crew
         try:
@@ -294,8 +298,8 @@ class ClusterMembers:
 
     async def _turn(self, name: str, body: bytes) -> bytes:
         ended, member = _decode_turn(body), self._member(name)
-        part, names = self._asked.get(ended.gid, (None, set[str]()))
-        if part is None or name not in names:
+        part = self._part_of(name, ended.gid)
+        if part is None:
             raise OffenceError(f"it tells of a turn in group {ended.gid}, which it was not asked for")
         if self._crew is not None:
             taken = unpack_turn(ended, part.prompt_of(ended.gid))

@@ -6,7 +6,6 @@ it, and goes to another when its member is lost. A group may come more than once
 
 import asyncio
 import hashlib
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from itertools import count
 from typing import Literal, Protocol, TypeAlias
@@ -16,6 +15,7 @@ import msgspec
 
 from troupe.actors.generator.parts import Part
 from troupe.actors.generator.queue import PartQueue
+from troupe.actors.generator.remembered import Remembered
 from troupe.errors import RunError
 from troupe.messages import Incident, MemberStatus, Observation, Prompt, RolloutGroup, TurnTaken
 from troupe.policy import Weights
@@ -118,7 +118,7 @@ class Crew:
         self._open: dict[str, _Work] = {}
         self._by_gid: dict[int, _Work] = {}
         """Also groups that are over, of parts that are open: who has such a part decodes all of it."""
-        self._over: OrderedDict[int, _Over] = OrderedDict()
+        self._over: Remembered[_Over] = Remembered(_REMEMBERED, self.is_open)
         self._queue = PartQueue(self._is_free)
         self._waiting: list[_Waiting] = []
         self._dealing = False
@@ -140,6 +140,10 @@ class Crew:
         """Names of the parts that it has."""
         return tuple(name for name, work in self._open.items() if work.holder is member)
 
+    def is_open(self, gid: int) -> bool:
+        """Whether a group's part is, though the group itself may be over."""
+        return gid in self._by_gid
+
     def prompt(self, gid: int) -> Prompt:
         """Of a group that is open, or is over since a short time. LookupError for others."""
         return self._by_gid[gid].part.prompt_of(gid) if gid in self._by_gid else self._over[gid].prompt
@@ -151,7 +155,7 @@ class Crew:
         work = self._open[part.name] = _Work(part)
         self._by_gid |= dict.fromkeys(work.left, work)
         for gid in work.left:  # of an earlier time: what comes from now on is asked anew
-            self._over.pop(gid, None)
+            self._over.forget(gid)
         self._enqueue(work, is_new=True)
 
     async def take(self, member: Member, *, most: int = 1, rows: bool = True) -> list[Part]:
@@ -217,9 +221,7 @@ class Crew:
             return "foreign"
         work.left.remove(gid)
         work.losses = 0
-        self._over[gid] = _Over(work.part.prompt_of(gid), work.asked, _digest(group) if self.pinned else b"")
-        while len(self._over) > _REMEMBERED:
-            self._over.popitem(last=False)
+        self._over.add(gid, _Over(work.part.prompt_of(gid), work.asked, _digest(group) if self.pinned else b""))
         if not work.left:
             self._close(work)
         await self._hand_over(group)
