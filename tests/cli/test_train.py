@@ -328,6 +328,7 @@ def test_everything_worth_telling_of_a_result_is_told(workplace: Path, capsys: p
             accuracy_after=0.905,
             rewards_before={"r": 0.5},
             rewards_after={"r": 0.75},
+            unevaluated=(2, 3),
         )
     )
     assert capsys.readouterr().out.splitlines() == [
@@ -336,6 +337,7 @@ def test_everything_worth_telling_of_a_result_is_told(workplace: Path, capsys: p
         "the sink jsonl was switched off: OSError: disk full",
         "held-out greedy accuracy: 25.0% before, 90.5% after",
         "held-out r: 0.500 before, 0.750 after",
+        "not evaluated yet, which --resume makes up for: step 2, 3",
     ]
 
 

@@ -136,6 +136,8 @@ def tell_result(result: RunResult) -> None:
             for means in (result.rewards_before, result.rewards_after)
         )
         tell(f"held-out {name}: {before} before, {after} after")
+    if result.unevaluated:
+        tell(f"not evaluated yet, which --resume makes up for: step {', '.join(map(str, result.unevaluated))}")
     final = Path(result.folder) / "final"
     if final.is_dir():  # a run that was stopped has only checkpoints
         tell(f"policy: {final}")

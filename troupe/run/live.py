@@ -289,6 +289,7 @@ class LiveRun:
             rewards_before=self._of_rewards(before),
             rewards_after=self._of_rewards(after),
             stopped_early=self._stopped_early or self._out_of_rows(version),
+            unevaluated=tuple(sorted(self._pipeline.ledgers.evaluations.pending)),
         )
 
     def _out_of_rows(self, version: int) -> str:

@@ -38,6 +38,9 @@ class RunResult(msgspec.Struct, frozen=True, kw_only=True):
     """Why the run ended before its last step, where `evaluation.patience` or `curriculum.stop_when_retired` had it
     end."""
 
+    unevaluated: tuple[int, ...] = ()
+    """Versions whose evaluation was under way when the run was stopped; whoever resumes it makes them."""
+
     @property
     def complete(self) -> bool:
         """Whether every step was made, or none more is to be; otherwise the run can be resumed."""

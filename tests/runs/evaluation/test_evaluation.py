@@ -186,6 +186,7 @@ def test_a_stop_amid_an_evaluation_loses_none_of_it(tmp_path: Path, ragged_model
                 if update.step == 1:
                     run.stop()
         assert run.result.steps >= 1
+        assert run.result.unevaluated == (0,)
 
     anyio.run(stopped)
     [newest, *_] = list_checkpoints(tmp_path / "run")
