@@ -318,7 +318,7 @@ class Crew:
 
 def _described(part: Part) -> str:
     if part.set is not None:
-        rows = ", ".join(str(prompt.row) for prompt in part.prompts)
+        rows = f"{part.prompts[0].row} to {part.prompts[-1].row}"  # a piece of a set is a range of it
         return f"rows {rows} that are evaluated (part {part.name})"
     places = ", ".join(str(prompt.slot.place) for prompt in part.prompts)
     return f"the prompts at places {places} (part {part.name})"
