@@ -128,7 +128,7 @@ class EmulatedKernel:
                 f"emulated::launch(grid, threads, n[6], [=] {{ kernel({', '.join(values)}); }});",
                 "return emulated::failure;",
                 "}",
-                "EMULATED_SHARED char emulated_none[16];",
+                "EMULATED_SHARED __attribute__((used)) char emulated_none[16];",
             ]
         )
 

@@ -1,0 +1,112 @@
+// Attention of ROWS queries of one head, which see themselves and what is before them, at most `window`: the result and
+// log2 Σ 2^score of each, inf where there is no query. Online softmax (arXiv:1805.02867).
+const int S = q_shape[1], H = q_shape[2], K = k_shape[2], padded = (S + 63) / 64 * 64;
+const int first = (gridDim.x - 1 - blockIdx.x) * ROWS, h = blockIdx.y, kv = h / (H / K), b = blockIdx.z;
+const int begins = spans[2 * b], stop = spans[2 * b + 1], window = windows[0];
+const float factor = scale[0] * LOG2_E;
+T* const own = reinterpret_cast<T*>(memory);
+auto tile = [&](int item) { return own + ROWS * SIZE + item % 2 * 2 * KEYS * SIZE; };
+const T* const from_k = k + (int64_t(b) * S * K + kv) * SIZE;
+const T* const from_v = v + (int64_t(b) * S * K + kv) * SIZE;
+const int begin = max(0, first - window + 1) / KEYS;
+const int count = first < stop && first + ROWS > begins ? (min(stop, first + ROWS) + KEYS - 1) / KEYS - begin : 0;
+auto start = [&](int item) {
+    fetch(tile(item), KEYS, from_k, K * SIZE, (begin + item) * KEYS, stop);
+    if constexpr (RESULT) fetch(tile(item) + KEYS * SIZE, KEYS, from_v, K * SIZE, (begin + item) * KEYS, stop);
+};
+
+fetch(own, ROWS, q + (int64_t(b) * S * H + h) * SIZE, H * SIZE, first, stop);
+if (count > 0) start(0);
+copies_commit();
+copies_wait<0>();
+__syncthreads();
+unsigned queries[STEPS][4];
+#pragma unroll
+for (int step = 0; step < STEPS; step++) left(queries[step], own, 16 * warp, step);
+
+float sums[PIECES][4], peak[2] = {-inf, -inf}, total[2] = {0.f, 0.f};
+#pragma unroll
+for (int n = 0; n < PIECES; n++)
+    for (int i = 0; i < 4; i++) sums[n][i] = 0.f;
+const int lowest = first + 16 * warp;
+for (int item = 0; item < count; item++) {
+    copies_wait<0>();
+    __syncthreads();
+    if (item + 1 < count) start(item + 1);
+    copies_commit();
+    const int key = (begin + item) * KEYS;
+    if (key > lowest + 15 || key + KEYS - 1 <= lowest - window) continue;
+    float scores[KEYS / 8][4];
+#pragma unroll
+    for (int n = 0; n < KEYS / 8; n++)
+        for (int i = 0; i < 4; i++) scores[n][i] = 0.f;
+#pragma unroll
+    for (int step = 0; step < STEPS; step++)
+#pragma unroll
+        for (int n = 0; n < KEYS / 16; n++) {
+            unsigned of_keys[4];
+            right_by_rows(of_keys, tile(item), 16 * n, step);
+            multiply<T>(scores[2 * n], queries[step], of_keys[0], of_keys[1]);
+            multiply<T>(scores[2 * n + 1], queries[step], of_keys[2], of_keys[3]);
+        }
+    const bool is_edge = key + KEYS - 1 > lowest || key <= lowest + 15 - window;
+    float highest[2] = {peak[0], peak[1]};
+#pragma unroll
+    for (int n = 0; n < KEYS / 8; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int back = lowest + line + i / 2 * 8 - (key + 8 * n + pair + i % 2);
+            scores[n][i] = is_edge && (back < 0 || back >= window) ? -inf : scores[n][i] * factor;
+            highest[i / 2] = fmaxf(highest[i / 2], scores[n][i]);
+        }
+    float against[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        highest[i] = fmaxf(highest[i], __shfl_xor_sync(0xffffffff, highest[i], 1));
+        highest[i] = fmaxf(highest[i], __shfl_xor_sync(0xffffffff, highest[i], 2));
+        against[i] = highest[i] == -inf ? 0.f : highest[i];
+        const float kept = exp2f(peak[i] - against[i]);
+        peak[i] = highest[i];
+        total[i] *= kept;
+        if constexpr (RESULT) {
+#pragma unroll
+            for (int n = 0; n < PIECES; n++) {
+                sums[n][2 * i] *= kept;
+                sums[n][2 * i + 1] *= kept;
+            }
+        }
+    }
+#pragma unroll
+    for (int n = 0; n < KEYS / 8; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            scores[n][i] = exp2f(scores[n][i] - against[i / 2]);
+            total[i / 2] += scores[n][i];
+        }
+    if constexpr (RESULT) {
+#pragma unroll
+        for (int step = 0; step < KEYS / 16; step++) {
+            unsigned weights[4];
+            as_left(weights, scores, step);
+#pragma unroll
+            for (int n = 0; n < STEPS; n++) {
+                unsigned of_values[4];
+                right(of_values, tile(item) + KEYS * SIZE, 16 * step, n);
+                multiply<T>(sums[2 * n], weights, of_values[0], of_values[1]);
+                multiply<T>(sums[2 * n + 1], weights, of_values[2], of_values[3]);
+            }
+        }
+    }
+}
+#pragma unroll
+for (int i = 0; i < 2; i++) {
+    total[i] += __shfl_xor_sync(0xffffffff, total[i], 1);
+    total[i] += __shfl_xor_sync(0xffffffff, total[i], 2);
+    const int query = lowest + line + 8 * i;
+    const bool counts = query >= begins && query < stop;
+    if (pair == 0 && query < padded)
+        normalizers[(int64_t(b) * H + h) * padded + query] = counts ? peak[i] + log2f(total[i]) : inf;
+    total[i] = counts ? 1.f / total[i] : 0.f;
+}
+if constexpr (RESULT)
+    write(own, sums, total[0], total[1], out + (int64_t(b) * S * H + h) * SIZE, H * SIZE, first, S);

@@ -1,0 +1,100 @@
+// The cotangents of ROWS keys and values of one head, over all queries that see them: head after head, tile after tile.
+// FlashAttention-2's formulas (arXiv:2307.08691). Keys are the rows of all products, so that the weights stay where the
+// matrix units left them.
+const int S = q_shape[1], H = q_shape[2], K = k_shape[2], R = H / K, padded = (S + 63) / 64 * 64;
+const int first = blockIdx.x * ROWS, kv = blockIdx.y, b = blockIdx.z;
+const int begins = spans[2 * b], stop = spans[2 * b + 1], window = windows[0];
+const float factor = scale[0] * LOG2_E;
+constexpr int TILE = 2 * QUERIES * SIZE + 4 * QUERIES;  // in numbers of two bytes
+T* const keys = reinterpret_cast<T*>(memory);
+T* const values = keys + ROWS * SIZE;
+auto tile = [&](int item) { return values + ROWS * SIZE + item % 2 * TILE; };
+const int begin = max(first, begins) / QUERIES, end = (min(stop, first + ROWS - 1 + window) + QUERIES - 1) / QUERIES;
+const int count = first < stop ? max(0, end - begin) : 0, items = R * count;
+auto start = [&](int item) {
+    const int h = kv * R + item / count, query = (begin + item % count) * QUERIES;
+    T* const queries = tile(item);
+    fetch(queries, QUERIES, q + (int64_t(b) * S * H + h) * SIZE, H * SIZE, query, stop);
+    fetch(queries + QUERIES * SIZE, QUERIES, o_grad + (int64_t(b) * S * H + h) * SIZE, H * SIZE, query, stop);
+    const float* const from = pairs + ((int64_t(b) * H + h) * padded + query) * 2;
+    if (threadIdx.x < QUERIES / 2)
+        copy16_async(queries + 2 * QUERIES * SIZE + 8 * threadIdx.x, from + 4 * threadIdx.x, true);
+};
+
+const int64_t place = (int64_t(b) * S * K + kv) * SIZE;
+fetch(keys, ROWS, k + place, K * SIZE, first, stop);
+fetch(values, ROWS, v + place, K * SIZE, first, stop);
+if (items > 0) start(0);
+copies_commit();
+
+float key_sums[PIECES][4], value_sums[PIECES][4];
+#pragma unroll
+for (int n = 0; n < PIECES; n++)
+    for (int i = 0; i < 4; i++) key_sums[n][i] = value_sums[n][i] = 0.f;
+const int lowest = first + 16 * warp;
+for (int item = 0; item < items; item++) {
+    copies_wait<0>();
+    __syncthreads();
+    if (item + 1 < items) start(item + 1);
+    copies_commit();
+    T* const queries = tile(item);
+    T* const grads = queries + QUERIES * SIZE;
+    const float* const of_queries = reinterpret_cast<const float*>(grads + QUERIES * SIZE);
+#pragma unroll 1
+    for (int part = 0; part < QUERIES; part += PART) {
+        const int query = (begin + item % count) * QUERIES + part;
+        if (query + PART - 1 < lowest || query >= lowest + 15 + window) continue;
+        float scores[PART / 8][4], shares[PART / 8][4];
+#pragma unroll
+        for (int n = 0; n < PART / 8; n++)
+            for (int i = 0; i < 4; i++) scores[n][i] = shares[n][i] = 0.f;
+#pragma unroll
+        for (int step = 0; step < STEPS; step++) {
+            unsigned of_keys[4], of_values[4];
+            left(of_keys, keys, 16 * warp, step);
+            left(of_values, values, 16 * warp, step);
+#pragma unroll
+            for (int n = 0; n < PART / 16; n++) {
+                unsigned x[4], y[4];
+                right_by_rows(x, queries, part + 16 * n, step);
+                right_by_rows(y, grads, part + 16 * n, step);
+                multiply<T>(scores[2 * n], of_keys, x[0], x[1]);
+                multiply<T>(scores[2 * n + 1], of_keys, x[2], x[3]);
+                multiply<T>(shares[2 * n], of_values, y[0], y[1]);
+                multiply<T>(shares[2 * n + 1], of_values, y[2], y[3]);
+            }
+        }
+        const bool is_edge = query < lowest + 15 || query + PART - 1 - lowest >= window;
+#pragma unroll
+        for (int n = 0; n < PART / 8; n++) {
+            const float4 known = *reinterpret_cast<const float4*>(of_queries + 2 * (part + 8 * n + pair));
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int back = query + 8 * n + pair + i % 2 - (lowest + line + i / 2 * 8);
+                const float weight = exp2f(scores[n][i] * factor - (i % 2 ? known.z : known.x));
+                scores[n][i] = is_edge && (back < 0 || back >= window) ? 0.f : weight;
+                shares[n][i] = scores[n][i] * (shares[n][i] - (i % 2 ? known.w : known.y));
+            }
+        }
+#pragma unroll
+        for (int step = 0; step < PART / 16; step++) {
+            unsigned weights[4], of_scores[4];
+            as_left(weights, scores, step);
+            as_left(of_scores, shares, step);
+#pragma unroll
+            for (int n = 0; n < STEPS; n++) {
+                unsigned x[4], y[4];
+                right(x, grads, part + 16 * step, n);
+                right(y, queries, part + 16 * step, n);
+                multiply<T>(value_sums[2 * n], weights, x[0], x[1]);
+                multiply<T>(value_sums[2 * n + 1], weights, x[2], x[3]);
+                multiply<T>(key_sums[2 * n], of_scores, y[0], y[1]);
+                multiply<T>(key_sums[2 * n + 1], of_scores, y[2], y[3]);
+            }
+        }
+    }
+}
+copies_wait<0>();
+__syncthreads();
+write(keys, key_sums, scale[0], scale[0], k_grad + place, K * SIZE, first, S);
+write(values, value_sums, 1.f, 1.f, v_grad + place, K * SIZE, first, S);

@@ -1,0 +1,104 @@
+// The cotangent of ROWS queries of one head; and for `key_gradient.cu`, of each query, log2 Σ 2^score beside
+// Σ cotangent · result. FlashAttention-2's formulas (arXiv:2307.08691).
+const int S = q_shape[1], H = q_shape[2], K = k_shape[2], padded = (S + 63) / 64 * 64;
+const int first = (gridDim.x - 1 - blockIdx.x) * ROWS, h = blockIdx.y, kv = h / (H / K), b = blockIdx.z;
+const int begins = spans[2 * b], stop = spans[2 * b + 1], window = windows[0];
+const float factor = scale[0] * LOG2_E;
+T* const own = reinterpret_cast<T*>(memory);
+auto tile = [&](int item) { return own + 2 * ROWS * SIZE + item % 2 * 2 * KEYS * SIZE; };
+const T* const from_k = k + (int64_t(b) * S * K + kv) * SIZE;
+const T* const from_v = v + (int64_t(b) * S * K + kv) * SIZE;
+const int64_t place = (int64_t(b) * S * H + h) * SIZE;
+const int begin = max(0, first - window + 1) / KEYS;
+const int count = first < stop && first + ROWS > begins ? (min(stop, first + ROWS) + KEYS - 1) / KEYS - begin : 0;
+auto start = [&](int item) {
+    fetch(tile(item), KEYS, from_k, K * SIZE, (begin + item) * KEYS, stop);
+    fetch(tile(item) + KEYS * SIZE, KEYS, from_v, K * SIZE, (begin + item) * KEYS, stop);
+};
+
+static_assert(ROWS <= 2 * KEYS);
+fetch(own, ROWS, q + place, H * SIZE, first, stop);
+fetch(own + ROWS * SIZE, ROWS, o_grad + place, H * SIZE, first, stop);
+fetch(tile(1), ROWS, o + place, H * SIZE, first, stop);
+if (count > 0) start(0);
+copies_commit();
+copies_wait<0>();
+__syncthreads();
+unsigned queries[STEPS][4], grads[STEPS][4];
+float means[2] = {0.f, 0.f};
+#pragma unroll
+for (int step = 0; step < STEPS; step++) {
+    unsigned results[4];
+    left(queries[step], own, 16 * warp, step);
+    left(grads[step], own + ROWS * SIZE, 16 * warp, step);
+    left(results, tile(1), 16 * warp, step);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const T *x = reinterpret_cast<const T*>(&grads[step][i]), *y = reinterpret_cast<const T*>(&results[i]);
+        means[i % 2] += float(x[0]) * float(y[0]) + float(x[1]) * float(y[1]);
+    }
+}
+float totals[2];
+const int lowest = first + 16 * warp;
+#pragma unroll
+for (int i = 0; i < 2; i++) {
+    means[i] += __shfl_xor_sync(0xffffffff, means[i], 1);
+    means[i] += __shfl_xor_sync(0xffffffff, means[i], 2);
+    const int query = lowest + line + 8 * i;
+    const int64_t number = (int64_t(b) * H + h) * padded + query;
+    totals[i] = query >= begins && query < stop ? normalizers[number] : inf;
+    if (pair == 0 && query < padded) *reinterpret_cast<float2*>(pairs + 2 * number) = make_float2(totals[i], means[i]);
+}
+
+float sums[PIECES][4];
+#pragma unroll
+for (int n = 0; n < PIECES; n++)
+    for (int i = 0; i < 4; i++) sums[n][i] = 0.f;
+for (int item = 0; item < count; item++) {
+    copies_wait<0>();
+    __syncthreads();
+    if (item + 1 < count) start(item + 1);
+    copies_commit();
+    const int key = (begin + item) * KEYS;
+    if (key > lowest + 15 || key + KEYS - 1 <= lowest - window) continue;
+    T* const keys = tile(item);
+    T* const values = keys + KEYS * SIZE;
+    float scores[KEYS / 8][4], shares[KEYS / 8][4];
+#pragma unroll
+    for (int n = 0; n < KEYS / 8; n++)
+        for (int i = 0; i < 4; i++) scores[n][i] = shares[n][i] = 0.f;
+#pragma unroll
+    for (int step = 0; step < STEPS; step++)
+#pragma unroll
+        for (int n = 0; n < KEYS / 16; n++) {
+            unsigned of_keys[4], of_values[4];
+            right_by_rows(of_keys, keys, 16 * n, step);
+            right_by_rows(of_values, values, 16 * n, step);
+            multiply<T>(scores[2 * n], queries[step], of_keys[0], of_keys[1]);
+            multiply<T>(scores[2 * n + 1], queries[step], of_keys[2], of_keys[3]);
+            multiply<T>(shares[2 * n], grads[step], of_values[0], of_values[1]);
+            multiply<T>(shares[2 * n + 1], grads[step], of_values[2], of_values[3]);
+        }
+    const bool is_edge = key + KEYS - 1 > lowest || key <= lowest + 15 - window;
+#pragma unroll
+    for (int n = 0; n < KEYS / 8; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int back = lowest + line + i / 2 * 8 - (key + 8 * n + pair + i % 2);
+            const float weight = exp2f(scores[n][i] * factor - totals[i / 2]);
+            scores[n][i] = is_edge && (back < 0 || back >= window) ? 0.f : weight * (shares[n][i] - means[i / 2]);
+        }
+#pragma unroll
+    for (int step = 0; step < KEYS / 16; step++) {
+        unsigned of_scores[4];
+        as_left(of_scores, scores, step);
+#pragma unroll
+        for (int n = 0; n < STEPS; n++) {
+            unsigned of_keys[4];
+            right(of_keys, keys, 16 * step, n);
+            multiply<T>(sums[2 * n], of_scores, of_keys[0], of_keys[1]);
+            multiply<T>(sums[2 * n + 1], of_scores, of_keys[2], of_keys[3]);
+        }
+    }
+}
+write(own, sums, scale[0], scale[0], q_grad + place, H * SIZE, first, S);

@@ -1,0 +1,72 @@
+// What the kernels of attention over whole rows share: it stands before each of them.
+//
+// A block is WARPS warps, each with sixteen rows of a matrix of its own; the other matrix comes tile by tile, two at a
+// time: while one is multiplied the next is on its way. A tile has rows of SIZE numbers. Their pieces of 16 bytes are
+// permuted by the row, or the eight rows that the card reads at once would lie in the same banks.
+constexpr int THREADS = 32 * WARPS, ROWS = 16 * WARPS, PIECES = SIZE / 8, STEPS = SIZE / 16;
+constexpr float LOG2_E = 1.4426950408889634f;
+extern __shared__ __align__(128) char memory[];
+const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+const int line = lane / 4, pair = lane % 4 * 2;  // what a lane has of a product: rows line, line + 8, columns pair, + 1
+
+auto at = [](T* tile, int row, int piece) { return tile + row * SIZE + ((piece ^ (row & 7)) << 3); };
+
+// Rows first … of one head, of (S, heads, SIZE) in global memory, into a tile; zeros from row `stop` on.
+auto fetch = [&](T* tile, int rows, const T* from, int stride, int first, int stop) {
+#pragma unroll
+    for (int i = 0; i < rows * PIECES / THREADS; i++) {
+        const int place = i * THREADS + threadIdx.x, row = place / PIECES, piece = place % PIECES;
+        const bool inside = first + row < stop;
+        copy16_async(at(tile, row, piece), from + (inside ? int64_t(first + row) * stride : 0) + piece * 8, inside);
+    }
+};
+
+// Operands from a tile: sixteen rows × numbers 16·step …; as the left matrix, as the right one of which rows are columns
+// (two products), and as the right one itself, of which 16·step … are the columns (two products).
+auto left = [&](unsigned (&a)[4], T* tile, int row, int step) {
+    load4<false>(a, at(tile, row + lane % 16, 2 * step + lane / 16));
+};
+auto right_by_rows = [&](unsigned (&b)[4], T* tile, int row, int step) {
+    load4<false>(b, at(tile, row + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
+};
+auto right = [&](unsigned (&b)[4], T* tile, int row, int step) {
+    load4<true>(b, at(tile, row + lane % 16, 2 * step + lane / 16));
+};
+
+auto packed = [](float x, float y) {
+    if constexpr (cuda::std::is_same_v<T, __nv_bfloat16>) {
+        const __nv_bfloat162 two = __floats2bfloat162_rn(x, y);
+        return *reinterpret_cast<const unsigned*>(&two);
+    } else {
+        const __half2 two = __floats2half2_rn(x, y);
+        return *reinterpret_cast<const unsigned*>(&two);
+    }
+};
+// Columns 16·step … of a product as the left matrix of the next.
+auto as_left = [&](unsigned (&a)[4], const float (*product)[4], int step) {
+    a[0] = packed(product[2 * step][0], product[2 * step][1]);
+    a[1] = packed(product[2 * step][2], product[2 * step][3]);
+    a[2] = packed(product[2 * step + 1][0], product[2 * step + 1][1]);
+    a[3] = packed(product[2 * step + 1][2], product[2 * step + 1][3]);
+};
+
+// A warp's sixteen rows of sums, times two numbers, to rows first + 16·warp … before `stop`, by way of the same rows of
+// a tile that no other warp reads.
+auto write = [&](T* tile, const float (*sums)[4], float factor, float factor_below, T* to, int stride, int first, int stop) {
+    const int own = 16 * warp;
+    __syncwarp();
+#pragma unroll
+    for (int n = 0; n < PIECES; n++) {
+        *reinterpret_cast<unsigned*>(at(tile, own + line, n) + pair) = packed(sums[n][0] * factor, sums[n][1] * factor);
+        *reinterpret_cast<unsigned*>(at(tile, own + line + 8, n) + pair) =
+            packed(sums[n][2] * factor_below, sums[n][3] * factor_below);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 16 * PIECES / 32; i++) {
+        const int row = own + (32 * i + lane) / PIECES, piece = (32 * i + lane) % PIECES;
+        if (first + row < stop)
+            *reinterpret_cast<uint4*>(to + int64_t(first + row) * stride + piece * 8) =
+                *reinterpret_cast<const uint4*>(at(tile, row, piece));
+    }
+};

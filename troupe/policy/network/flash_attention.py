@@ -1,0 +1,150 @@
+"""Attention of whole rows and its gradient on NVIDIA cards, by kernels of our own: the same bits each time.
+
+cuDNN's gradient adds parts of a query's gradient as they come. Here each sum belongs to one block, which adds in one
+order: a kernel goes through the keys of some queries, another through the queries of some keys, which costs seven
+products instead of five, and no pass through memory. Scores stay on the chip. Formulas: FlashAttention-2
+(arXiv:2307.08691). Products are of 16-bit numbers with sums in float32.
+
+Shapes: B rows, H query heads, K key/value heads, S places, d head size; all arrays (B, heads, S, d), and best as they
+come from projections, (B, S, heads, d) with two axes swapped: then nothing is copied.
+"""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+_SOURCES = Path(__file__).with_name("cuda")
+_UNITS = Path(__file__).parents[1] / "cuda" / "units.cuh"
+_HEAD_SIZES = frozenset({64, 128})
+_PAD = 64
+"""Numbers of queries, a float32 or two each, lie in multiples of so many."""
+_COMMON = ("spans", "windows", "scale")
+_SIGNATURES = {
+    "attend_rows": (("q", "k", "v", *_COMMON), ("out", "normalizers")),
+    "query_gradient": (("q", "k", "v", "o", "o_grad", "normalizers", *_COMMON), ("q_grad", "pairs")),
+    "key_gradient": (("q", "k", "v", "o_grad", "pairs", *_COMMON), ("k_grad", "v_grad")),
+}
+_WARPS = {"attend_rows": 4, "query_gradient": 4, "key_gradient": 4}
+_KEYS, _QUERIES, _PART = 64, 64, 64
+"""Of a tile; of queries so many are multiplied at a time."""
+
+
+@cache
+def _kernel(name: str, shared_bytes: int) -> Any:
+    inputs, outputs = _SIGNATURES[name]
+    source = "".join((_SOURCES / f"{file}.cu").read_text(encoding="utf-8") for file in ("tiles", name))
+    return mx.fast.cuda_kernel(
+        name=f"troupe_{name}_{shared_bytes}",
+        input_names=inputs,
+        output_names=outputs,
+        source=source,
+        header=_UNITS.read_text(encoding="utf-8"),
+        shared_memory=shared_bytes,
+    )
+
+
+def can_serve(head_dim: int, dtype: mx.Dtype) -> bool:
+    """Whether these kernels know heads of this kind, here: 16-bit types on an NVIDIA card, Ampere or later."""
+    if head_dim not in _HEAD_SIZES or dtype not in (mx.bfloat16, mx.float16):
+        return False
+    return mx.cuda.is_available() and int(mx.device_info().get("compute_capability_major", 8)) >= 8
+
+
+def flash_attention(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    scale: float,
+    window: int | None = None,
+    spans: mx.array | None = None,
+    result: bool = True,
+) -> tuple[mx.array, mx.array]:
+    """Queries (B, H, S, d), keys and values (B, K, S, d) → (B, H, S, d), and log₂ Σ 2^score of each query, float32
+    (B, H, S rounded up to 64), for `flash_gradient`. A place sees itself and those before it, with a `window` so many
+    in all. Without `result` only the latter; the former is then empty."""
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    B, S, H, d = q.shape
+    rows = 16 * _WARPS["attend_rows"]
+    out, normalizers = _launch(
+        "attend_rows",
+        [q, k, v, *_numbers(B, S, scale, window, spans)],
+        tiles=rows + 4 * _KEYS,
+        numbers=[("KEYS", _KEYS), ("RESULT", result)],
+        heads=H,
+        outputs=[(q.shape if result else (0,), q.dtype), ((B, H, _padded(S)), mx.float32)],
+    )
+    return (out.swapaxes(1, 2) if result else out), normalizers
+
+
+def flash_gradient(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    o_grad: mx.array,
+    o: mx.array,
+    normalizers: mx.array,
+    *,
+    scale: float,
+    window: int | None = None,
+    spans: mx.array | None = None,
+) -> list[mx.array]:
+    """The cotangents of queries, keys and values from `o_grad`, that of the result `o`, both (B, H, S, d);
+    `normalizers` as `flash_attention` gives them."""
+    q, k, v, o_grad, o = (x.swapaxes(1, 2) for x in (q, k, v, o_grad, o))
+    (B, S, H, _), K = q.shape, k.shape[2]
+    numbers = _numbers(B, S, scale, window, spans)
+    q_grad, pairs = _launch(
+        "query_gradient",
+        [q, k, v, o, o_grad, normalizers, *numbers],
+        tiles=2 * 16 * _WARPS["query_gradient"] + 4 * _KEYS,
+        numbers=[("KEYS", _KEYS)],
+        heads=H,
+        outputs=[(q.shape, q.dtype), ((B, H, _padded(S), 2), mx.float32)],
+    )
+    k_grad, v_grad = _launch(
+        "key_gradient",
+        [q, k, v, o_grad, pairs, *numbers],
+        tiles=2 * 16 * _WARPS["key_gradient"] + 4 * _QUERIES,
+        numbers=[("QUERIES", _QUERIES), ("PART", _PART)],
+        heads=K,
+        outputs=[(k.shape, k.dtype), (v.shape, v.dtype)],
+        beside=16 * _QUERIES,
+    )
+    return [x.swapaxes(1, 2) for x in (q_grad, k_grad, v_grad)]
+
+
+def _numbers(B: int, S: int, scale: float, window: int | None, spans: mx.array | None) -> list[mx.array]:
+    if spans is None:
+        spans = mx.broadcast_to(mx.array([0, S], mx.int32), (B, 2))
+    return [spans, mx.array([S if window is None else min(window, S)], mx.int32), mx.array([scale])]
+
+
+def _padded(S: int) -> int:
+    return -(-S // _PAD) * _PAD
+
+
+def _launch(
+    name: str,
+    inputs: list[mx.array],
+    *,
+    tiles: int,
+    numbers: list[tuple[str, Any]],
+    heads: int,
+    outputs: list[tuple[tuple[int, ...], mx.Dtype]],
+    beside: int = 0,
+) -> list[mx.array]:
+    """A block for some places of each head and row, with so many rows of `tiles` and bytes `beside` to share."""
+    B, S, _, d = inputs[0].shape
+    warps = _WARPS[name]
+    found: list[mx.array] = _kernel(name, tiles * d * inputs[0].dtype.size + beside)(
+        inputs=inputs,
+        template=[("T", inputs[0].dtype), ("SIZE", d), ("WARPS", warps), *numbers],
+        grid=(-(-S // (16 * warps)) * 32 * warps, heads, B),
+        threadgroup=(32 * warps, 1, 1),
+        output_shapes=[shape for shape, _ in outputs],
+        output_dtypes=[dtype for _, dtype in outputs],
+    )
+    return found
