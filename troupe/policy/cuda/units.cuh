@@ -49,6 +49,13 @@ __device__ __forceinline__ unsigned turn_over(unsigned x) {
     return over;
 }
 
+// 2^x to about 2 units in the last place, in one instruction; what is too small for a normal number is zero.
+__device__ __forceinline__ float power_of_two(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // Sixteen bytes from global to shared memory while the thread goes on; zeros where `inside` is false.
 __device__ __forceinline__ void copy16_async(void* shared, const void* global, bool inside) {
     const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(shared));

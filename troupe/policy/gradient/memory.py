@@ -4,7 +4,8 @@ Counts what `completion_gradients` keeps and makes:
 
 kept      for each of N tokens in each of L layers its input, D numbers, and, unless computed again, the results of the
           matrix products, D + 2·H·d + 2·K·d + 2·F (2·D more where norms stand behind attention and MLP, H·d where
-          attention is gated), on a CPU with H float32 that attention was divided by; in a gated delta net of C
+          attention is gated), on a CPU with H float32 that attention was divided by, and so of each place of a row
+          where kernels of our own attend (`flash_attention.py`); in a gated delta net of C
           channels and H" heads of b values C + 2·H"·(b + 1) in the place of 2·H·d + 2·K·d; of a layer with experts
           2·k·F' in the place of 2·F, and E
 head      beside what is kept, hidden states of M targets; of each logit of a block 25 bytes forwards, 20 backwards and
@@ -14,8 +15,8 @@ head      beside what is kept, hidden states of M targets; of each logit of a bl
 layer     beside what is kept and the gradients of the layers above: what going back through one layer makes, which
           `_layer_bytes` has (of a gated delta net `backward_bytes`), and the layer's own gradients; on a GPU three
           times, for it prepares the next chunk early and lets go of nothing within a chunk; there, where attention's
-          gradient writes scores out, four arrays of the scores that are written at a time, or 18 bytes of each where
-          that is done by ourselves (`exact_gradient.py`)
+          gradient has no kernel of our own and writes scores out, four arrays of the scores that are written at a
+          time, or 18 bytes of each where that is done by ourselves (`exact_gradient.py`)
 end       all gradients, nothing kept; what going back through the first layer makes, or for the embedding 3.1 tables
           of V·D, 4.2 where gradients are added up (on a GPU 7.3), and 6·N·D float32
 
@@ -37,6 +38,7 @@ from troupe.policy.adapter.modules import Adapter, adapter_parameter_count, laye
 from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.attention import block_size, exact_portion, gradient_is_exact, scores_at_a_time
 from troupe.policy.network.delta_memory import backward_bytes
+from troupe.policy.network.flash_attention import can_serve
 from troupe.policy.network.head import block_rows
 from troupe.policy.network.layouts import padded
 from troupe.policy.network.tensors import linear_shapes, network_shapes, parameter_count
@@ -102,9 +104,11 @@ def gradient_memory_bytes(
         layer = _largest_layer(config)
     made = size + 4 if adds_up and size < 4 else each  # bytes of a new gradient, with its like in float32
     sums = 4 * numbers if adds_up else 0
+    by_kernels = not on_cpu and can_serve(config.head_dim, dtype)
     normalizers = 4 * config.num_attention_heads if on_cpu else 0
+    of_rows = 4 * config.num_attention_heads * batch.rows * _places(batch) if by_kernels else 0
     inside = [0 if recompute else _inside(config, index) * size + normalizers for index in range(lowest, L)]
-    kept = (L - lowest) * N * D * size + N * sum(inside)
+    kept = (L - lowest) * (N * D * size + (0 if recompute else of_rows)) + N * sum(inside)
     block = min(V, block_rows(M, on_cpu=on_cpu)) * M
     forwards, backwards, of_entropies = (25, 20, 16) if on_cpu else (8 + 3 * size, 4 * size, 3 * size)
     leaving = 11 * N * config.num_experts_per_tok * (D + config.moe_intermediate_size) * size
@@ -113,7 +117,9 @@ def gradient_memory_bytes(
     back = _layer_bytes(config, batch, size, recompute=recompute, on_cpu=on_cpu) + layer * made
     back += 0 if adapter is None else _beside_bytes(config, adapter, dtype, N)
     back *= 1 if on_cpu else 3
-    if not on_cpu:
+    if by_kernels:
+        back += 5 * of_rows  # what goes back of each query, twice, and once more where layers are computed again
+    elif not on_cpu:
         exact = deterministic and gradient_is_exact(dtype)
         back += _scores_bytes(config, batch, size, exact=exact) if exact or writes_scores else 0
     first = kept + table * size + back
@@ -140,11 +146,15 @@ def forward_memory_bytes(
 
 def _scores_bytes(config: NetworkConfig, batch: MicroBatch, size: int, *, exact: bool) -> int:
     """What attention's gradient makes where it writes scores out, some rows or heads at a time."""
-    places = padded(batch.prompt_length + batch.completion_length - 1)
-    sizes = batch.rows, config.num_attention_heads, config.num_key_value_heads, places
+    sizes = batch.rows, config.num_attention_heads, config.num_key_value_heads, _places(batch)
     if exact:
         return _EXACT_BYTES * scores_at_a_time(*sizes, exact_portion())
     return 4 * scores_at_a_time(*sizes) * size
+
+
+def _places(batch: MicroBatch) -> int:
+    """Of a row, where whole rows attend."""
+    return padded(batch.prompt_length + batch.completion_length - 1)
 
 
 def _beside_bytes(config: NetworkConfig, adapter: Adapter, dtype: mx.Dtype, tokens: int) -> int:

@@ -6,7 +6,9 @@ products instead of five, and no pass through memory. Scores stay on the chip. F
 (arXiv:2307.08691). Products are of 16-bit numbers with sums in float32.
 
 Shapes: B rows, H query heads, K key/value heads, S places, d head size; all arrays (B, heads, S, d), and best as they
-come from projections, (B, S, heads, d) with two axes swapped: then nothing is copied.
+come from projections, (B, S, heads, d) with two axes swapped: then nothing is copied. `spans`, int32 (B, 2): of each
+row, queries from the first number to before the second count, and as many keys as the second are there; of all others
+the result is zero, and so is what goes back. None: all count.
 """
 
 from functools import cache
@@ -34,15 +36,18 @@ _KEYS, _QUERIES, _PART = 64, 64, 64
 @cache
 def _kernel(name: str, shared_bytes: int) -> Any:
     inputs, outputs = _SIGNATURES[name]
-    source = "".join((_SOURCES / f"{file}.cu").read_text(encoding="utf-8") for file in ("tiles", name))
     return mx.fast.cuda_kernel(
         name=f"troupe_{name}_{shared_bytes}",
         input_names=inputs,
         output_names=outputs,
-        source=source,
+        source=_source(name),
         header=_UNITS.read_text(encoding="utf-8"),
         shared_memory=shared_bytes,
     )
+
+
+def _source(name: str) -> str:
+    return "".join((_SOURCES / f"{file}.cu").read_text(encoding="utf-8") for file in ("tiles", name))
 
 
 def can_serve(head_dim: int, dtype: mx.Dtype) -> bool:
@@ -63,10 +68,11 @@ def flash_attention(
     result: bool = True,
 ) -> tuple[mx.array, mx.array]:
     """Queries (B, H, S, d), keys and values (B, K, S, d) → (B, H, S, d), and log₂ Σ 2^score of each query, float32
-    (B, H, S rounded up to 64), for `flash_gradient`. A place sees itself and those before it, with a `window` so many
-    in all. Without `result` only the latter; the former is then empty."""
+    (B, H, S rounded up to 64), for `flash_gradient`; neither is differentiable by MLX. A place
+    sees itself and those before it, with a `window` so many in all. Without `result` only the latter; the former is
+    then empty."""
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    B, S, H, d = q.shape
+    B, S, H, _ = q.shape
     rows = 16 * _WARPS["attend_rows"]
     out, normalizers = _launch(
         "attend_rows",

@@ -105,6 +105,9 @@ class WholeRows:
         S, G = padded(max(map(len, rows))), max(sizes)
         self._token_of = mx.array([row + [0] * (S - len(row)) for row in rows], dtype=mx.int32)
         first = [r == 0 or q != prompt_of[r - 1] for r, q in enumerate(prompt_of)]
+        spans = [[0 if first[r] else lengths[q], lengths[q] + inner[r]] for r, q in enumerate(prompt_of)]
+        self.spans = mx.array(spans, dtype=mx.int32)
+        """Of each row, from which place on something is taken of it, and how many tokens it has, (R, 2)."""
         speaks = [[first[r]] * lengths[q] + [True] * inner[r] for r, q in enumerate(prompt_of)]
         self._speaks = mx.array([row + [False] * (S - len(row)) for row in speaks])[..., None, None]
         row_of = [0, *accumulate(sizes)]

@@ -26,11 +26,13 @@ from troupe.policy.network.attention import (
 from troupe.policy.network.delta import DeltaInputs, DeltaSizes
 from troupe.policy.network.delta_packing import PackedRows
 from troupe.policy.network.elementwise import is_on_cpu
+from troupe.policy.network.flash_attention import can_serve, flash_attention, flash_gradient
 from troupe.policy.network.layouts import Cells, WholeRows, differentiable_read
 
 
 class Attended(NamedTuple):
-    """What came of attention, (1, H, N, d), and where it was written out log Σ e^score, float32 (N, H); else ()."""
+    """What came of attention, (1, H, N, d), and what its gradient needs: where scores were written out log Σ e^score,
+    float32 (N, H), by kernels of our own what `flash_attention` gives, (R, H, places), else ()."""
 
     o: mx.array
     normalizer: mx.array
@@ -118,7 +120,7 @@ class Packing:
         self, layer: int, q: mx.array, k: mx.array, v: mx.array, scale: float, window: int | None = None
     ) -> mx.array:
         """All (1, heads, N, d)."""
-        if self._whole_rows is not None:
+        if self._whole_rows is not None and not can_serve(q.shape[-1], q.dtype):
             return self.attend_keeping(q, k, v, scale, window)[0]
 
         @mx.custom_function
@@ -142,8 +144,8 @@ class Packing:
         """What `attend` gives, with what `attend_gradient` can make use of."""
         q, k, v = (_by_token(x) for x in (q, k, v))
         if self._whole_rows is not None:
-            o = _attend_in_whole_rows(self._whole_rows, q, k, v, scale, window)
-            return Attended(o.swapaxes(0, 1)[None], mx.zeros(0))
+            o, normalizer = _attend_in_whole_rows(self._whole_rows, q, k, v, scale, window)
+            return Attended(o.swapaxes(0, 1)[None], normalizer)
         o, normalizer = self._attend_in_parts(q, k, v, scale, window)
         return Attended(o.swapaxes(0, 1)[None], normalizer)
 
@@ -180,8 +182,9 @@ class Packing:
         """
         if self._whole_rows is not None:
             q, k, v, o_grad = (_by_token(x) for x in (q, k, v, o_grad))
-            o = _by_token(attended[0]) if self._deterministic else None
-            grads = _gradient_in_whole_rows(self._whole_rows, q, k, v, scale, o_grad, o, window)
+            of_rows = _by_token(attended[0]), attended[1]
+            exact = self._deterministic
+            grads = _gradient_in_whole_rows(self._whole_rows, q, k, v, scale, o_grad, of_rows, window, exact=exact)
         else:
             o, normalizer = attended
             mean = mx.sum(_by_token(o_grad).astype(mx.float32) * _by_token(o), axis=-1)
@@ -229,14 +232,19 @@ class Packing:
 
 def _attend_in_whole_rows(
     rows: WholeRows, q: mx.array, k: mx.array, v: mx.array, scale: float, window: int | None
-) -> mx.array:
-    """All (N, heads, d). Each completion with a prompt of its own, which suits fused kernels.
+) -> tuple[mx.array, mx.array]:
+    """All (N, heads, d); what comes, and `Attended.normalizer`. Each completion with a prompt of its own, which suits
+    fused kernels.
 
     Padding is on the right, where nobody sees it, and may hold anything.
     """
     q, k, v = (differentiable_read(x, rows.spread, rows.spread_back).swapaxes(1, 2) for x in (q, k, v))
-    o = attention_of_rows(q, k, v, scale, window)
-    return differentiable_read(o.swapaxes(1, 2), rows.collect, rows.collect_back)
+    normalizer = mx.zeros(0)
+    if can_serve(q.shape[-1], q.dtype):
+        o, normalizer = flash_attention(q, k, v, scale=scale, window=window, spans=rows.spans)
+    else:
+        o = attention_of_rows(q, k, v, scale, window)
+    return differentiable_read(o.swapaxes(1, 2), rows.collect, rows.collect_back), normalizer
 
 
 def _gradient_in_whole_rows(
@@ -246,14 +254,20 @@ def _gradient_in_whole_rows(
     v: mx.array,
     scale: float,
     o_grad: mx.array,
-    o: mx.array | None,
+    attended: tuple[mx.array, mx.array],
     window: int | None,
+    *,
+    exact: bool,
 ) -> list[mx.array]:
-    """The cotangents for `_attend_in_whole_rows`, from that of its result `o`: all (N, heads, d). Without `o` they may
-    have other bits each time."""
-    q, k, v = (rows.spread(x).swapaxes(1, 2) for x in (q, k, v))
-    o = None if o is None else rows.spread(o).swapaxes(1, 2)
-    grads = gradient_of_rows(q, k, v, scale, rows.collect_back(o_grad).swapaxes(1, 2), o, window)
+    """The cotangents for `_attend_in_whole_rows`, from that of its result, and what it gave: all (N, heads, d). Those
+    that are not `exact` may have other bits each time."""
+    o, normalizer = attended
+    q, k, v, o = (rows.spread(x).swapaxes(1, 2) for x in (q, k, v, o))
+    o_grad = rows.collect_back(o_grad).swapaxes(1, 2)
+    if normalizer.size:
+        grads = flash_gradient(q, k, v, o_grad, o, normalizer, scale=scale, window=window, spans=rows.spans)
+    else:
+        grads = gradient_of_rows(q, k, v, scale, o_grad, o if exact else None, window)
     return [rows.spread_back(x.swapaxes(1, 2)) for x in grads]
 
 

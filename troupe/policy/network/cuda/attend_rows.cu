@@ -49,14 +49,14 @@ for (int item = 0; item < count; item++) {
             multiply<T>(scores[2 * n], queries[step], of_keys[0], of_keys[1]);
             multiply<T>(scores[2 * n + 1], queries[step], of_keys[2], of_keys[3]);
         }
-    const bool is_edge = key + KEYS - 1 > lowest || key <= lowest + 15 - window;
+    if (key + KEYS - 1 > lowest || key <= lowest + 15 - window)
+        hide(scores, KEYS, lowest - key, 1, -1, window, factor < 0.f ? inf : -inf);
     float highest[2] = {peak[0], peak[1]};
 #pragma unroll
     for (int n = 0; n < KEYS / 8; n++)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const int back = lowest + line + i / 2 * 8 - (key + 8 * n + pair + i % 2);
-            scores[n][i] = is_edge && (back < 0 || back >= window) ? -inf : scores[n][i] * factor;
+            scores[n][i] *= factor;
             highest[i / 2] = fmaxf(highest[i / 2], scores[n][i]);
         }
     float against[2];
@@ -65,7 +65,7 @@ for (int item = 0; item < count; item++) {
         highest[i] = fmaxf(highest[i], __shfl_xor_sync(0xffffffff, highest[i], 1));
         highest[i] = fmaxf(highest[i], __shfl_xor_sync(0xffffffff, highest[i], 2));
         against[i] = highest[i] == -inf ? 0.f : highest[i];
-        const float kept = exp2f(peak[i] - against[i]);
+        const float kept = power_of_two(peak[i] - against[i]);
         peak[i] = highest[i];
         total[i] *= kept;
         if constexpr (RESULT) {
@@ -80,7 +80,7 @@ for (int item = 0; item < count; item++) {
     for (int n = 0; n < KEYS / 8; n++)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            scores[n][i] = exp2f(scores[n][i] - against[i / 2]);
+            scores[n][i] = power_of_two(scores[n][i] - against[i / 2]);
             total[i / 2] += scores[n][i];
         }
     if constexpr (RESULT) {

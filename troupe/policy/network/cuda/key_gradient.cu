@@ -64,15 +64,14 @@ for (int item = 0; item < items; item++) {
                 multiply<T>(shares[2 * n + 1], of_values, y[2], y[3]);
             }
         }
-        const bool is_edge = query < lowest + 15 || query + PART - 1 - lowest >= window;
+        if (query < lowest + 15 || query + PART - 1 - lowest >= window)
+            hide(scores, PART, query - lowest, -1, 1, window, factor < 0.f ? inf : -inf);
 #pragma unroll
         for (int n = 0; n < PART / 8; n++) {
             const float4 known = *reinterpret_cast<const float4*>(of_queries + 2 * (part + 8 * n + pair));
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                const int back = query + 8 * n + pair + i % 2 - (lowest + line + i / 2 * 8);
-                const float weight = exp2f(scores[n][i] * factor - (i % 2 ? known.z : known.x));
-                scores[n][i] = is_edge && (back < 0 || back >= window) ? 0.f : weight;
+                scores[n][i] = power_of_two(scores[n][i] * factor - (i % 2 ? known.z : known.x));
                 shares[n][i] = scores[n][i] * (shares[n][i] - (i % 2 ? known.w : known.y));
             }
         }

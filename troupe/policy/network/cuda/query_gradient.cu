@@ -79,14 +79,14 @@ for (int item = 0; item < count; item++) {
             multiply<T>(shares[2 * n], grads[step], of_values[0], of_values[1]);
             multiply<T>(shares[2 * n + 1], grads[step], of_values[2], of_values[3]);
         }
-    const bool is_edge = key + KEYS - 1 > lowest || key <= lowest + 15 - window;
+    if (key + KEYS - 1 > lowest || key <= lowest + 15 - window)
+        hide(scores, KEYS, lowest - key, 1, -1, window, factor < 0.f ? inf : -inf);
 #pragma unroll
     for (int n = 0; n < KEYS / 8; n++)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const int back = lowest + line + i / 2 * 8 - (key + 8 * n + pair + i % 2);
-            const float weight = exp2f(scores[n][i] * factor - totals[i / 2]);
-            scores[n][i] = is_edge && (back < 0 || back >= window) ? 0.f : weight * (shares[n][i] - means[i / 2]);
+            const float weight = power_of_two(scores[n][i] * factor - totals[i / 2]);
+            scores[n][i] = weight * (shares[n][i] - means[i / 2]);
         }
 #pragma unroll
     for (int step = 0; step < KEYS / 16; step++) {

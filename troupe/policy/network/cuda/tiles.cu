@@ -50,6 +50,18 @@ auto as_left = [&](unsigned (&a)[4], const float (*product)[4], int step) {
     a[3] = packed(product[2 * step + 1][2], product[2 * step + 1][3]);
 };
 
+// Of a tile of scores, what a query may not see: `back`, of its first number, is how far the key lies behind the query,
+// which changes by `by_row` and `by_column`.
+auto hide = [&](float (*scores)[4], int columns, int back, int by_row, int by_column, int window, float hidden) {
+#pragma unroll
+    for (int n = 0; n < columns / 8; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int here = back + by_row * (line + i / 2 * 8) + by_column * (8 * n + pair + i % 2);
+            if (here < 0 || here >= window) scores[n][i] = hidden;
+        }
+};
+
 // A warp's sixteen rows of sums, times two numbers, to rows first + 16·warp … before `stop`, by way of the same rows of
 // a tile that no other warp reads.
 auto write = [&](T* tile, const float (*sums)[4], float factor, float factor_below, T* to, int stride, int first, int stop) {

@@ -1,0 +1,133 @@
+"""The kernels of attention over whole rows and of its gradient, run on a processor, by the definition in float64."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from tests.support.devices import compute_on
+from tests.support.emulated_cuda import EmulatedKernel
+from troupe.policy.network import flash_attention as flash
+from troupe.policy.network import packing as packing_module
+from troupe.policy.network.flash_attention import can_serve, flash_attention, flash_gradient
+from troupe.policy.network.packing import Packing
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning")]
+CASES = [
+    # rows, heads, key heads, places, head size, type, window, spans
+    (1, 2, 1, 40, 64, mx.bfloat16, None, None),
+    (1, 1, 1, 130, 128, mx.float16, None, None),
+    (2, 4, 2, 150, 64, mx.bfloat16, 50, [(0, 150), (70, 131)]),
+    (2, 3, 1, 200, 128, mx.bfloat16, None, [(0, 100), (65, 200)]),
+    (1, 4, 1, 77, 64, mx.float16, 10, None),
+    (1, 2, 2, 129, 128, mx.bfloat16, 64, None),
+    (3, 2, 1, 70, 64, mx.bfloat16, None, [(0, 1), (5, 5), (63, 70)]),
+]
+
+
+@pytest.fixture(autouse=True)
+def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kernel(name: str, shared_bytes: int) -> EmulatedKernel:
+        return EmulatedKernel(name, *flash._SIGNATURES[name], flash._source(name), shared_memory=shared_bytes)
+
+    monkeypatch.setattr(flash, "_kernel", kernel)
+
+
+def numbers(x: mx.array) -> np.ndarray:
+    return np.array(x.astype(mx.float32)).astype(np.float64)
+
+
+def by_definition(
+    arrays: list[mx.array], scale: float, window: int, speaks: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    """Results, log₂ Σ 2^score and the cotangents of queries, keys and values."""
+    q, k, v, o_grad = map(numbers, arrays)
+    B, H, S, d = q.shape
+    K = k.shape[1]
+    k, v = (np.repeat(x, H // K, axis=1) for x in (k, v))
+    back = np.arange(S)[:, None] - np.arange(S)
+    scores = np.where((back >= 0) & (back < window), scale * q @ k.swapaxes(-1, -2), -np.inf)
+    peak = scores.max(-1, keepdims=True)
+    powers = np.exp(scores - peak)
+    total = powers.sum(-1, keepdims=True)
+    powers /= total
+    o, o_grad = powers @ v, np.where(speaks, o_grad, 0)
+    grad = powers * (o_grad @ v.swapaxes(-1, -2) - (o_grad * o).sum(-1, keepdims=True))
+    of_keys = scale * grad.swapaxes(-1, -2) @ q, powers.swapaxes(-1, -2) @ o_grad
+    grads = [scale * grad @ k, *(x.reshape(B, K, H // K, S, d).sum(2) for x in of_keys)]
+    return o, (peak + np.log(total))[..., 0] / np.log(2), grads
+
+
+@pytest.mark.parametrize(("B", "H", "K", "S", "d", "dtype", "window", "spans"), CASES)
+def test_attention_and_its_gradient_by_definition(
+    B: int, H: int, K: int, S: int, d: int, dtype: mx.Dtype, window: int | None, spans: list[tuple[int, int]] | None
+) -> None:
+    keys, scale = mx.random.split(mx.random.key(S), 4), 1.3 * d**-0.5
+    arrays = [
+        mx.random.normal((B, S, heads, d), key=key).astype(dtype).swapaxes(1, 2)
+        for heads, key in zip((H, K, K, H), keys, strict=True)
+    ]
+    q, k, v, o_grad = arrays
+    speaks = np.array([[a <= s < b for s in range(S)] for a, b in spans or [(0, S)] * B])[:, None, :, None]
+    given = None if spans is None else mx.array(spans, mx.int32)
+    o, normalizers = flash_attention(q, k, v, scale=scale, window=window, spans=given)
+    found = flash_gradient(q, k, v, o_grad, o, normalizers, scale=scale, window=window, spans=given)
+    expected, log_totals, grads = by_definition(arrays, scale, window or S, speaks)
+    exactness = 1e-2 if dtype == mx.bfloat16 else 1.5e-3
+    np.testing.assert_allclose(numbers(o), np.where(speaks, expected, 0), atol=exactness)
+    of_queries = numbers(normalizers[:, :, :S])
+    shown = np.broadcast_to(speaks[..., 0], of_queries.shape)
+    np.testing.assert_allclose(of_queries[shown], log_totals[shown], atol=5e-6)
+    assert np.isinf(of_queries[~shown]).all()
+    for one, other in zip(found, grads, strict=True):
+        assert one.dtype == dtype
+        np.testing.assert_allclose(numbers(one), other, atol=exactness * np.abs(other).max())
+
+
+def test_bits_depend_neither_on_the_order_of_blocks_nor_on_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = mx.random.split(mx.random.key(1), 4)
+    q, k, v, o_grad = (
+        mx.random.normal((2, 150, heads, 64), key=key).astype(mx.bfloat16).swapaxes(1, 2)
+        for heads, key in zip((4, 2, 2, 4), keys, strict=True)
+    )
+    found = []
+    for seed in (None, "1", "2"):
+        if seed is not None:
+            monkeypatch.setenv("EMULATED_SEED", seed)
+            q, k = mx.contiguous(q), mx.contiguous(k)
+        o, normalizers = flash_attention(q, k, v, scale=0.2)
+        found.append([o, normalizers, *flash_gradient(q, k, v, o_grad, o, normalizers, scale=0.2)])
+    assert all(mx.array_equal(a, b).item() for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+def test_packed_rows_attend_by_them_as_by_mlx(monkeypatch: pytest.MonkeyPatch) -> None:
+    compute_on(monkeypatch, cpu=False)
+    prompts, completions = [[1] * 70, [1] * 70, [2] * 5], [[3] * 20, [4] * 60, [5] * 2]
+    sizes = [(4, 64), (2, 64), (2, 64)]
+
+    def attended() -> list[mx.array]:
+        packing = Packing(prompts, completions)
+        N = packing.ids.shape[0]
+        q, k, v = (mx.random.normal((1, heads, N, d), key=mx.random.key(heads + d)) for heads, d in sizes)
+        o_grad = mx.random.normal(q.shape, key=mx.random.key(0))
+        q, k, v, o_grad = (x.astype(mx.float16) for x in (q, k, v, o_grad))
+        o, grads = mx.vjp(lambda q, k, v: packing.attend(0, q, k, v, 0.1), [q, k, v], [o_grad])
+        return [*o, *grads]
+
+    by_mlx = attended()
+    monkeypatch.setattr(packing_module, "can_serve", lambda head_dim, dtype: True)
+    for one, other in zip(attended(), by_mlx, strict=True):
+        np.testing.assert_allclose(numbers(one), numbers(other), atol=4e-3)
+
+
+def test_who_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    for generation, expected in ((7, False), (8, True), (9, True)):
+        info = {"compute_capability_major": generation}
+        monkeypatch.setattr(mx, "device_info", lambda info=info: info)
+        assert can_serve(128, mx.bfloat16) == can_serve(64, mx.float16) == expected
+    assert not can_serve(80, mx.bfloat16)
+    assert not can_serve(128, mx.float32)
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: False)
+    assert not can_serve(128, mx.bfloat16)
