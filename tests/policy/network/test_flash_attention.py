@@ -22,6 +22,7 @@ CASES = [
     (2, 3, 1, 200, 128, mx.bfloat16, None, [(0, 100), (65, 200)]),
     (1, 4, 1, 77, 64, mx.float16, 10, None),
     (1, 2, 2, 129, 128, mx.bfloat16, 64, None),
+    (2, 2, 1, 100, 256, mx.bfloat16, 33, [(0, 100), (40, 66)]),
     (3, 2, 1, 70, 64, mx.bfloat16, None, [(0, 1), (5, 5), (63, 70)]),
 ]
 
@@ -123,10 +124,22 @@ def test_packed_rows_attend_by_them_as_by_mlx(monkeypatch: pytest.MonkeyPatch) -
 
 def test_who_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
-    for generation, expected in ((7, False), (8, True), (9, True)):
-        info = {"compute_capability_major": generation}
+    for generation, expected, largest in (
+        (7.5, False, False),
+        (8.0, True, True),
+        (8.6, True, False),
+        (9.0, True, True),
+    ):
+        info = dict(
+            zip(
+                ("compute_capability_major", "compute_capability_minor"),
+                map(int, f"{generation}".split(".")),
+                strict=True,
+            )
+        )
         monkeypatch.setattr(mx, "device_info", lambda info=info: info)
         assert can_serve(128, mx.bfloat16) == can_serve(64, mx.float16) == expected
+        assert can_serve(256, mx.bfloat16) == largest
     assert not can_serve(80, mx.bfloat16)
     assert not can_serve(128, mx.float32)
     monkeypatch.setattr(mx.cuda, "is_available", lambda: False)

@@ -19,7 +19,9 @@ import mlx.core as mx
 
 _SOURCES = Path(__file__).with_name("cuda")
 _UNITS = Path(__file__).parents[1] / "cuda" / "units.cuh"
-_HEAD_SIZES = frozenset({64, 128})
+_HEAD_SIZES = frozenset({64, 128, 256})
+_LARGEST_OF_BOTH = 128
+"""Numbers of a head up to which a block has room for the cotangents of keys and of values."""
 _PAD = 64
 """Numbers of queries, a float32 or two each, lie in multiples of so many."""
 _COMMON = ("spans", "windows", "scale")
@@ -29,8 +31,10 @@ _SIGNATURES = {
     "key_gradient": (("q", "k", "v", "o_grad", "pairs", *_COMMON), ("k_grad", "v_grad")),
 }
 _WARPS = {"attend_rows": 4, "query_gradient": 4, "key_gradient": 4}
-_KEYS, _QUERIES, _PART = 64, 64, 64
-"""Of a tile; of queries so many are multiplied at a time."""
+_KEYS = _QUERIES = 64
+"""Of a tile, but for the largest heads half as many."""
+_PART = 64
+"""Queries of a tile that are multiplied with keys at a time."""
 
 
 @cache
@@ -51,10 +55,12 @@ def _source(name: str) -> str:
 
 
 def can_serve(head_dim: int, dtype: mx.Dtype) -> bool:
-    """Whether these kernels know heads of this kind, here: 16-bit types on an NVIDIA card, Ampere or later."""
-    if head_dim not in _HEAD_SIZES or dtype not in (mx.bfloat16, mx.float16):
+    """Whether these kernels know heads of this kind, here: 16-bit types on an NVIDIA card, Ampere or later; the largest
+    heads on those whose blocks may share 132 KB."""
+    if head_dim not in _HEAD_SIZES or dtype not in (mx.bfloat16, mx.float16) or not mx.cuda.is_available():
         return False
-    return mx.cuda.is_available() and int(mx.device_info().get("compute_capability_major", 8)) >= 8
+    major, minor = (int(mx.device_info().get(f"compute_capability_{part}", 8)) for part in ("major", "minor"))
+    return major >= 8 and (head_dim <= _LARGEST_OF_BOTH or (major, minor) == (8, 0) or major in (9, 10))
 
 
 def flash_attention(
@@ -70,17 +76,18 @@ def flash_attention(
     """Queries (B, H, S, d), keys and values (B, K, S, d) → (B, H, S, d), and log₂ Σ 2^score of each query, float32
     (B, H, S rounded up to 64), for `flash_gradient`; neither is differentiable by MLX. A place
     sees itself and those before it, with a `window` so many in all. Without `result` only the latter; the former is
-    then empty."""
+    then nothing."""
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    B, S, H, _ = q.shape
+    B, S, H, d = q.shape
+    keys = _tile(_KEYS, d)
     rows = 16 * _WARPS["attend_rows"]
     out, normalizers = _launch(
         "attend_rows",
         [q, k, v, *_numbers(B, S, scale, window, spans)],
-        tiles=rows + 4 * _KEYS,
-        numbers=[("KEYS", _KEYS), ("RESULT", result)],
+        tiles=rows + 4 * keys,
+        numbers=[("KEYS", keys), ("RESULT", result)],
         heads=H,
-        outputs=[(q.shape if result else (0,), q.dtype), ((B, H, _padded(S)), mx.float32)],
+        outputs=[(q.shape if result else (1,), q.dtype), ((B, H, _padded(S)), mx.float32)],
     )
     return (out.swapaxes(1, 2) if result else out), normalizers
 
@@ -100,26 +107,37 @@ def flash_gradient(
     """The cotangents of queries, keys and values from `o_grad`, that of the result `o`, both (B, H, S, d);
     `normalizers` as `flash_attention` gives them."""
     q, k, v, o_grad, o = (x.swapaxes(1, 2) for x in (q, k, v, o_grad, o))
-    (B, S, H, _), K = q.shape, k.shape[2]
+    (B, S, H, d), K = q.shape, k.shape[2]
+    keys, queries = _tile(_KEYS, d), _tile(_QUERIES, d)
     numbers = _numbers(B, S, scale, window, spans)
     q_grad, pairs = _launch(
         "query_gradient",
         [q, k, v, o, o_grad, normalizers, *numbers],
-        tiles=2 * 16 * _WARPS["query_gradient"] + 4 * _KEYS,
-        numbers=[("KEYS", _KEYS)],
+        tiles=2 * 16 * _WARPS["query_gradient"] + 4 * keys,
+        numbers=[("KEYS", keys)],
         heads=H,
         outputs=[(q.shape, q.dtype), ((B, H, _padded(S), 2), mx.float32)],
     )
-    k_grad, v_grad = _launch(
-        "key_gradient",
-        [q, k, v, o_grad, pairs, *numbers],
-        tiles=2 * 16 * _WARPS["key_gradient"] + 4 * _QUERIES,
-        numbers=[("QUERIES", _QUERIES), ("PART", _PART)],
-        heads=K,
-        outputs=[(k.shape, k.dtype), (v.shape, v.dtype)],
-        beside=16 * _QUERIES,
-    )
-    return [x.swapaxes(1, 2) for x in (q_grad, k_grad, v_grad)]
+    together = d <= _LARGEST_OF_BOTH
+    tile = [("QUERIES", queries), ("PART", min(_PART, queries))]
+    found = [q_grad]
+    for of_keys, of_values in [(True, True)] if together else [(True, False), (False, True)]:
+        shapes = [(k.shape if of_keys else (1,), k.dtype), (v.shape if of_values else (1,), v.dtype)]
+        both = _launch(
+            "key_gradient",
+            [q, k, v, o_grad, pairs, *numbers],
+            tiles=2 * 16 * _WARPS["key_gradient"] + 4 * queries,
+            numbers=[*tile, ("OF_KEYS", of_keys), ("OF_VALUES", of_values)],
+            heads=K,
+            outputs=shapes,
+            beside=16 * queries,
+        )
+        found += [x for x, is_there in zip(both, (of_keys, of_values), strict=True) if is_there]
+    return [x.swapaxes(1, 2) for x in found]
+
+
+def _tile(rows: int, head_dim: int) -> int:
+    return rows if head_dim <= _LARGEST_OF_BOTH else rows // 2
 
 
 def _numbers(B: int, S: int, scale: float, window: int | None, spans: mx.array | None) -> list[mx.array]:

@@ -20,9 +20,9 @@ if (count > 0) start(0);
 copies_commit();
 copies_wait<0>();
 __syncthreads();
-unsigned queries[STEPS][4];
+unsigned queries[HELD ? STEPS : 1][4];
 #pragma unroll
-for (int step = 0; step < STEPS; step++) left(queries[step], own, 16 * warp, step);
+for (int step = 0; HELD && step < STEPS; step++) left(queries[step], own, 16 * warp, step);
 
 float sums[PIECES][4], peak[2] = {-inf, -inf}, total[2] = {0.f, 0.f};
 #pragma unroll
@@ -41,14 +41,16 @@ for (int item = 0; item < count; item++) {
     for (int n = 0; n < KEYS / 8; n++)
         for (int i = 0; i < 4; i++) scores[n][i] = 0.f;
 #pragma unroll
-    for (int step = 0; step < STEPS; step++)
+    for (int step = 0; step < STEPS; step++) {
+        if constexpr (!HELD) left(queries[0], own, 16 * warp, step);
 #pragma unroll
         for (int n = 0; n < KEYS / 16; n++) {
             unsigned of_keys[4];
             right_by_rows(of_keys, tile(item), 16 * n, step);
-            multiply<T>(scores[2 * n], queries[step], of_keys[0], of_keys[1]);
-            multiply<T>(scores[2 * n + 1], queries[step], of_keys[2], of_keys[3]);
+            multiply<T>(scores[2 * n], queries[HELD ? step : 0], of_keys[0], of_keys[1]);
+            multiply<T>(scores[2 * n + 1], queries[HELD ? step : 0], of_keys[2], of_keys[3]);
         }
+    }
     if (key + KEYS - 1 > lowest || key <= lowest + 15 - window)
         hide(scores, KEYS, lowest - key, 1, -1, window, factor < 0.f ? inf : -inf);
     float highest[2] = {peak[0], peak[1]};

@@ -1,6 +1,6 @@
 // The cotangents of ROWS keys and values of one head, over all queries that see them: head after head, tile after tile.
 // FlashAttention-2's formulas (arXiv:2307.08691). Keys are the rows of all products, so that the weights stay where the
-// matrix units left them.
+// matrix units left them. OF_KEYS, OF_VALUES: which of the two; heads of 256 have room for one.
 const int S = q_shape[1], H = q_shape[2], K = k_shape[2], R = H / K, padded = (S + 63) / 64 * 64;
 const int first = blockIdx.x * ROWS, kv = blockIdx.y, b = blockIdx.z;
 const int begins = spans[2 * b], stop = spans[2 * b + 1], window = windows[0];
@@ -23,7 +23,7 @@ auto start = [&](int item) {
 
 const int64_t place = (int64_t(b) * S * K + kv) * SIZE;
 fetch(keys, ROWS, k + place, K * SIZE, first, stop);
-fetch(values, ROWS, v + place, K * SIZE, first, stop);
+if constexpr (OF_KEYS) fetch(values, ROWS, v + place, K * SIZE, first, stop);
 if (items > 0) start(0);
 copies_commit();
 
@@ -52,16 +52,18 @@ for (int item = 0; item < items; item++) {
         for (int step = 0; step < STEPS; step++) {
             unsigned of_keys[4], of_values[4];
             left(of_keys, keys, 16 * warp, step);
-            left(of_values, values, 16 * warp, step);
+            if constexpr (OF_KEYS) left(of_values, values, 16 * warp, step);
 #pragma unroll
             for (int n = 0; n < PART / 16; n++) {
                 unsigned x[4], y[4];
                 right_by_rows(x, queries, part + 16 * n, step);
-                right_by_rows(y, grads, part + 16 * n, step);
                 multiply<T>(scores[2 * n], of_keys, x[0], x[1]);
                 multiply<T>(scores[2 * n + 1], of_keys, x[2], x[3]);
-                multiply<T>(shares[2 * n], of_values, y[0], y[1]);
-                multiply<T>(shares[2 * n + 1], of_values, y[2], y[3]);
+                if constexpr (OF_KEYS) {
+                    right_by_rows(y, grads, part + 16 * n, step);
+                    multiply<T>(shares[2 * n], of_values, y[0], y[1]);
+                    multiply<T>(shares[2 * n + 1], of_values, y[2], y[3]);
+                }
             }
         }
         if (query < lowest + 15 || query + PART - 1 - lowest >= window)
@@ -78,22 +80,26 @@ for (int item = 0; item < items; item++) {
 #pragma unroll
         for (int step = 0; step < PART / 16; step++) {
             unsigned weights[4], of_scores[4];
-            as_left(weights, scores, step);
-            as_left(of_scores, shares, step);
+            if constexpr (OF_VALUES) as_left(weights, scores, step);
+            if constexpr (OF_KEYS) as_left(of_scores, shares, step);
 #pragma unroll
             for (int n = 0; n < STEPS; n++) {
                 unsigned x[4], y[4];
-                right(x, grads, part + 16 * step, n);
-                right(y, queries, part + 16 * step, n);
-                multiply<T>(value_sums[2 * n], weights, x[0], x[1]);
-                multiply<T>(value_sums[2 * n + 1], weights, x[2], x[3]);
-                multiply<T>(key_sums[2 * n], of_scores, y[0], y[1]);
-                multiply<T>(key_sums[2 * n + 1], of_scores, y[2], y[3]);
+                if constexpr (OF_VALUES) {
+                    right(x, grads, part + 16 * step, n);
+                    multiply<T>(value_sums[2 * n], weights, x[0], x[1]);
+                    multiply<T>(value_sums[2 * n + 1], weights, x[2], x[3]);
+                }
+                if constexpr (OF_KEYS) {
+                    right(y, queries, part + 16 * step, n);
+                    multiply<T>(key_sums[2 * n], of_scores, y[0], y[1]);
+                    multiply<T>(key_sums[2 * n + 1], of_scores, y[2], y[3]);
+                }
             }
         }
     }
 }
 copies_wait<0>();
 __syncthreads();
-write(keys, key_sums, scale[0], scale[0], k_grad + place, K * SIZE, first, S);
-write(values, value_sums, 1.f, 1.f, v_grad + place, K * SIZE, first, S);
+if constexpr (OF_KEYS) write(keys, key_sums, scale[0], scale[0], k_grad + place, K * SIZE, first, S);
+if constexpr (OF_VALUES) write(values, value_sums, 1.f, 1.f, v_grad + place, K * SIZE, first, S);

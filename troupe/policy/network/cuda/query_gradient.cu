@@ -24,17 +24,18 @@ if (count > 0) start(0);
 copies_commit();
 copies_wait<0>();
 __syncthreads();
-unsigned queries[STEPS][4], grads[STEPS][4];
+unsigned queries[HELD ? STEPS : 1][4], grads[HELD ? STEPS : 1][4];
 float means[2] = {0.f, 0.f};
 #pragma unroll
 for (int step = 0; step < STEPS; step++) {
     unsigned results[4];
-    left(queries[step], own, 16 * warp, step);
-    left(grads[step], own + ROWS * SIZE, 16 * warp, step);
+    const int at_step = HELD ? step : 0;
+    if constexpr (HELD) left(queries[step], own, 16 * warp, step);
+    left(grads[at_step], own + ROWS * SIZE, 16 * warp, step);
     left(results, tile(1), 16 * warp, step);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        const T *x = reinterpret_cast<const T*>(&grads[step][i]), *y = reinterpret_cast<const T*>(&results[i]);
+        const T *x = reinterpret_cast<const T*>(&grads[at_step][i]), *y = reinterpret_cast<const T*>(&results[i]);
         means[i % 2] += float(x[0]) * float(y[0]) + float(x[1]) * float(y[1]);
     }
 }
@@ -68,17 +69,23 @@ for (int item = 0; item < count; item++) {
     for (int n = 0; n < KEYS / 8; n++)
         for (int i = 0; i < 4; i++) scores[n][i] = shares[n][i] = 0.f;
 #pragma unroll
-    for (int step = 0; step < STEPS; step++)
+    for (int step = 0; step < STEPS; step++) {
+        const int at_step = HELD ? step : 0;
+        if constexpr (!HELD) {
+            left(queries[0], own, 16 * warp, step);
+            left(grads[0], own + ROWS * SIZE, 16 * warp, step);
+        }
 #pragma unroll
         for (int n = 0; n < KEYS / 16; n++) {
             unsigned of_keys[4], of_values[4];
             right_by_rows(of_keys, keys, 16 * n, step);
             right_by_rows(of_values, values, 16 * n, step);
-            multiply<T>(scores[2 * n], queries[step], of_keys[0], of_keys[1]);
-            multiply<T>(scores[2 * n + 1], queries[step], of_keys[2], of_keys[3]);
-            multiply<T>(shares[2 * n], grads[step], of_values[0], of_values[1]);
-            multiply<T>(shares[2 * n + 1], grads[step], of_values[2], of_values[3]);
+            multiply<T>(scores[2 * n], queries[at_step], of_keys[0], of_keys[1]);
+            multiply<T>(scores[2 * n + 1], queries[at_step], of_keys[2], of_keys[3]);
+            multiply<T>(shares[2 * n], grads[at_step], of_values[0], of_values[1]);
+            multiply<T>(shares[2 * n + 1], grads[at_step], of_values[2], of_values[3]);
         }
+    }
     if (key + KEYS - 1 > lowest || key <= lowest + 15 - window)
         hide(scores, KEYS, lowest - key, 1, -1, window, factor < 0.f ? inf : -inf);
 #pragma unroll

@@ -4,6 +4,7 @@
 // time: while one is multiplied the next is on its way. A tile has rows of SIZE numbers. Their pieces of 16 bytes are
 // permuted by the row, or the eight rows that the card reads at once would lie in the same banks.
 constexpr int THREADS = 32 * WARPS, ROWS = 16 * WARPS, PIECES = SIZE / 8, STEPS = SIZE / 16;
+constexpr bool HELD = SIZE <= 128;  // whether registers have room for a block's own rows
 constexpr float LOG2_E = 1.4426950408889634f;
 extern __shared__ __align__(128) char memory[];
 const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
