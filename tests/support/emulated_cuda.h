@@ -448,3 +448,55 @@ inline void grid_sync(unsigned* counter, unsigned all) {
     }
     __syncthreads();
 }
+
+#ifndef GROUP_PRODUCTS
+#define GROUP_PRODUCTS 1
+#endif
+namespace emulated {
+template <typename T>
+float swizzled(const char* at, long offset) {
+    const uintptr_t place = reinterpret_cast<uintptr_t>(at) + offset;
+    T x;
+    memcpy(&x, reinterpret_cast<const void*>(place ^ (place >> 3 & 0x70)), 2);
+    return float(x);
+}
+// Four warps that are a block; `a` in shared memory or, where that is null, in registers.
+template <typename T, int EIGHTS, bool TURNED>
+void group_product(float (*c)[4], const void* a, const unsigned* held, const void* b, int across) {
+    if (self->block->fibers.size() != 128) fail("a product of other than four warps");
+    struct Slot { float (*c)[4]; const unsigned* held; const char *a, *b; } mine{
+        c, held, static_cast<const char*>(a), static_cast<const char*>(b)};
+    meet(self->block->all, self->rank, &mine, [across](void** slots) {
+        std::vector<float> A(64 * 16), B(16 * 8 * EIGHTS);
+        auto* first = static_cast<Slot*>(slots[0]);
+        for (int n = 0; n < 8 * EIGHTS; n++)
+            for (int k = 0; k < 16; k++)
+                B[k * 8 * EIGHTS + n] = TURNED ? swizzled<T>(first->b, long(n / 64) * across + n % 64 * 2 + k * 128)
+                                               : swizzled<T>(first->b, long(n) * 128 + k * 2);
+        for (int t = 0; t < 128; t++) {
+            auto* s = static_cast<Slot*>(slots[t]);
+            if (!s || s->b != first->b || s->a != first->a) fail("threads disagree on a product");
+            for (int i = 0; i < 4; i++)
+                for (int h = 0; h < 2; h++) {
+                    const int row = t / 32 * 16 + t % 32 / 4 + i % 2 * 8, k = t % 4 * 2 + h + i / 2 * 8;
+                    A[row * 16 + k] = s->a ? swizzled<T>(s->a, long(row) * 128 + k * 2) : number<T>(s->held[i], h);
+                }
+        }
+        for (int t = 0; t < 128; t++)
+            for (int n = 0; n < EIGHTS; n++)
+                for (int i = 0; i < 4; i++) {
+                    const int row = t / 32 * 16 + t % 32 / 4 + i / 2 * 8, column = 8 * n + t % 4 * 2 + i % 2;
+                    float sum = 0.f;
+                    for (int k = 0; k < 16; k++) sum += A[row * 16 + k] * B[k * 8 * EIGHTS + column];
+                    static_cast<Slot*>(slots[t])->c[n][i] += sum;
+                }
+    });
+}
+}  // namespace emulated
+template <typename T, int EIGHTS> void group_multiply(float (&c)[EIGHTS][4], const void* a, const void* b) { emulated::group_product<T, EIGHTS, false>(c, a, nullptr, b, 0); }
+template <typename T, int EIGHTS> void group_multiply_turned(float (&c)[EIGHTS][4], const unsigned (&a)[4], const void* b, int across) { emulated::group_product<T, EIGHTS, true>(c, nullptr, a, b, across); }
+inline void group_start() {}
+inline void group_commit() {}
+template <int N> void group_wait() {}
+template <int EIGHTS> void group_settled(float (&)[EIGHTS][4]) {}
+inline void group_sees() {}

@@ -91,3 +91,80 @@ __device__ __forceinline__ void grid_sync(unsigned* counter, unsigned blocks) {
     }
     __syncthreads();
 }
+
+// Products of four warps together, as Hopper has them: c (64 × COLUMNS) += a·b. Fragments of c and of a left matrix in
+// registers are those of `multiply`, sixteen rows a warp. A matrix in shared memory is named by its first number; it has
+// lines of 128 bytes, whose pieces of 16 are permuted by the line (piece ^ line % 8), groups of eight lines after each
+// other, from a multiple of 1024 on. Of `a`, and of `b` unless TURNED, a line is a row of 64 numbers of which sixteen
+// are multiplied; of a TURNED `b` sixteen lines, and the next 64 columns are `across` bytes away.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define GROUP_PRODUCTS 1
+__device__ __forceinline__ unsigned long long group_matrix(const void* at, int across) {
+    const unsigned long long from = static_cast<unsigned>(__cvta_generic_to_shared(at));
+    return (from & 0x3ffff) >> 4 | static_cast<unsigned long long>(across >> 4) << 16 | 64ull << 32 | 1ull << 62;
+}
+#define C4(n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
+#define C32(n) C4(n), C4(n + 1), C4(n + 2), C4(n + 3), C4(n + 4), C4(n + 5), C4(n + 6), C4(n + 7)
+#define R32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27," \
+            "%28,%29,%30,%31"
+#define R64 R32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55," \
+            "%56,%57,%58,%59,%60,%61,%62,%63"
+#define GROUP64(type) \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" R32 "}, %32, %33, 1, 1, 1, 0, 0;" \
+                 : C32(0) : "l"(group_matrix(a, 16)), "l"(group_matrix(b, 16)))
+#define GROUP64_HELD(type) \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type \
+                 " {" R32 "}, {%32,%33,%34,%35}, %36, 1, 1, 1, 1;" \
+                 : C32(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(group_matrix(b, across)))
+#define GROUP128_HELD(type) \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type \
+                 " {" R64 "}, {%64,%65,%66,%67}, %68, 1, 1, 1, 1;" \
+                 : C32(0), C32(8) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(group_matrix(b, across)))
+// Both matrices in shared memory, 64 columns; other numbers of columns, here and below, are not there.
+template <typename T, int EIGHTS>
+__device__ __forceinline__ void group_multiply(float (&c)[EIGHTS][4], const void* a, const void* b) {
+    if constexpr (EIGHTS == 8) {
+        if constexpr (cuda::std::is_same_v<T, __nv_bfloat16>) GROUP64("bf16");
+        else GROUP64("f16");
+    }
+}
+// The left one in registers, the right one TURNED.
+template <typename T, int EIGHTS>
+__device__ __forceinline__ void group_multiply_turned(
+    float (&c)[EIGHTS][4], const unsigned (&a)[4], const void* b, int across) {
+    if constexpr (EIGHTS == 8) {
+        if constexpr (cuda::std::is_same_v<T, __nv_bfloat16>) GROUP64_HELD("bf16");
+        else GROUP64_HELD("f16");
+    } else if constexpr (EIGHTS == 16) {
+        if constexpr (cuda::std::is_same_v<T, __nv_bfloat16>) GROUP128_HELD("bf16");
+        else GROUP128_HELD("f16");
+    }
+}
+__device__ __forceinline__ void group_start() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void group_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Until at most N of the groups of products are under way; before it, nobody may touch what they add to.
+template <int N>
+__device__ __forceinline__ void group_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
+// Of what is added to: the compiler may read it no earlier than here, behind such a wait, and write it no later, before
+// `group_start`.
+template <int EIGHTS>
+__device__ __forceinline__ void group_settled(float (&c)[EIGHTS][4]) {
+#pragma unroll
+    for (int n = 0; n < EIGHTS; n++) asm volatile("" : C4(n)::"memory");
+}
+// What a thread wrote to shared memory, copies too, is seen by products of groups behind the next barrier.
+__device__ __forceinline__ void group_sees() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+#else
+#define GROUP_PRODUCTS 0
+template <typename T, int EIGHTS>
+__device__ void group_multiply(float (&)[EIGHTS][4], const void*, const void*) {}
+template <typename T, int EIGHTS>
+__device__ void group_multiply_turned(float (&)[EIGHTS][4], const unsigned (&)[4], const void*, int) {}
+__device__ inline void group_start() {}
+__device__ inline void group_commit() {}
+template <int N>
+__device__ void group_wait() {}
+template <int EIGHTS>
+__device__ void group_settled(float (&)[EIGHTS][4]) {}
+__device__ inline void group_sees() {}
+#endif

@@ -19,40 +19,56 @@ fetch(own, ROWS, q + (int64_t(b) * S * H + h) * SIZE, H * SIZE, first, stop);
 if (count > 0) start(0);
 copies_commit();
 copies_wait<0>();
+if constexpr (GROUPED) group_sees();
 __syncthreads();
 unsigned queries[HELD ? STEPS : 1][4];
 #pragma unroll
-for (int step = 0; HELD && step < STEPS; step++) left(queries[step], own, 16 * warp, step);
+for (int step = 0; HELD && step < STEPS; step++) left(queries[step], own, ROWS, 16 * warp, step);
 
-float sums[PIECES][4], peak[2] = {-inf, -inf}, total[2] = {0.f, 0.f};
+float sums[PIECES][4], peak[2] = {-INFINITE, -INFINITE}, total[2] = {0.f, 0.f};
 #pragma unroll
 for (int n = 0; n < PIECES; n++)
     for (int i = 0; i < 4; i++) sums[n][i] = 0.f;
 const int lowest = first + 16 * warp;
 for (int item = 0; item < count; item++) {
     copies_wait<0>();
+    if constexpr (GROUPED) group_sees();
     __syncthreads();
     if (item + 1 < count) start(item + 1);
     copies_commit();
     const int key = (begin + item) * KEYS;
-    if (key > lowest + 15 || key + KEYS - 1 <= lowest - window) continue;
+    const int low = GROUPED ? first : lowest;
+    if (key > low + reach || key + KEYS - 1 <= low - window) continue;
+    T* const keys = tile(item);
+    T* const values = keys + KEYS * SIZE;
     float scores[KEYS / 8][4];
 #pragma unroll
     for (int n = 0; n < KEYS / 8; n++)
         for (int i = 0; i < 4; i++) scores[n][i] = 0.f;
+    if constexpr (GROUPED) {
+        group_settled(scores);
+        group_start();
 #pragma unroll
-    for (int step = 0; step < STEPS; step++) {
-        if constexpr (!HELD) left(queries[0], own, 16 * warp, step);
+        for (int step = 0; step < STEPS; step++)
+            group_multiply<T>(scores, numbers_from(own, ROWS, step), numbers_from(keys, KEYS, step));
+        group_commit();
+        group_wait<0>();
+        group_settled(scores);
+    } else {
 #pragma unroll
-        for (int n = 0; n < KEYS / 16; n++) {
-            unsigned of_keys[4];
-            right_by_rows(of_keys, tile(item), 16 * n, step);
-            multiply<T>(scores[2 * n], queries[HELD ? step : 0], of_keys[0], of_keys[1]);
-            multiply<T>(scores[2 * n + 1], queries[HELD ? step : 0], of_keys[2], of_keys[3]);
+        for (int step = 0; step < STEPS; step++) {
+            if constexpr (!HELD) left(queries[0], own, ROWS, 16 * warp, step);
+#pragma unroll
+            for (int n = 0; n < KEYS / 16; n++) {
+                unsigned of_keys[4];
+                right_by_rows(of_keys, keys, KEYS, 16 * n, step);
+                multiply<T>(scores[2 * n], queries[HELD ? step : 0], of_keys[0], of_keys[1]);
+                multiply<T>(scores[2 * n + 1], queries[HELD ? step : 0], of_keys[2], of_keys[3]);
+            }
         }
     }
     if (key + KEYS - 1 > lowest || key <= lowest + 15 - window)
-        hide(scores, KEYS, lowest - key, 1, -1, window, factor < 0.f ? inf : -inf);
+        hide(scores, KEYS, lowest - key, 1, -1, window, factor < 0.f ? INFINITE : -INFINITE);
     float highest[2] = {peak[0], peak[1]};
 #pragma unroll
     for (int n = 0; n < KEYS / 8; n++)
@@ -66,7 +82,7 @@ for (int item = 0; item < count; item++) {
     for (int i = 0; i < 2; i++) {
         highest[i] = fmaxf(highest[i], __shfl_xor_sync(0xffffffff, highest[i], 1));
         highest[i] = fmaxf(highest[i], __shfl_xor_sync(0xffffffff, highest[i], 2));
-        against[i] = highest[i] == -inf ? 0.f : highest[i];
+        against[i] = highest[i] == -INFINITE ? 0.f : highest[i];
         const float kept = power_of_two(peak[i] - against[i]);
         peak[i] = highest[i];
         total[i] *= kept;
@@ -85,7 +101,18 @@ for (int item = 0; item < count; item++) {
             scores[n][i] = power_of_two(scores[n][i] - against[i / 2]);
             total[i / 2] += scores[n][i];
         }
-    if constexpr (RESULT) {
+    if constexpr (RESULT && GROUPED) {
+        unsigned weights[KEYS / 16][4];
+#pragma unroll
+        for (int step = 0; step < KEYS / 16; step++) as_left(weights[step], scores, step);
+        group_start();
+#pragma unroll
+        for (int step = 0; step < KEYS / 16; step++)
+            group_multiply_turned<T>(sums, weights[step], values + 16 * step * 64, KEYS * 128);
+        group_commit();
+        group_wait<0>();
+        group_settled(sums);
+    } else if constexpr (RESULT) {
 #pragma unroll
         for (int step = 0; step < KEYS / 16; step++) {
             unsigned weights[4];
@@ -93,7 +120,7 @@ for (int item = 0; item < count; item++) {
 #pragma unroll
             for (int n = 0; n < STEPS; n++) {
                 unsigned of_values[4];
-                right(of_values, tile(item) + KEYS * SIZE, 16 * step, n);
+                right(of_values, values, KEYS, 16 * step, n);
                 multiply<T>(sums[2 * n], weights, of_values[0], of_values[1]);
                 multiply<T>(sums[2 * n + 1], weights, of_values[2], of_values[3]);
             }
@@ -107,7 +134,7 @@ for (int i = 0; i < 2; i++) {
     const int query = lowest + line + 8 * i;
     const bool counts = query >= begins && query < stop;
     if (pair == 0 && query < padded)
-        normalizers[(int64_t(b) * H + h) * padded + query] = counts ? peak[i] + log2f(total[i]) : inf;
+        normalizers[(int64_t(b) * H + h) * padded + query] = counts ? peak[i] + log2f(total[i]) : INFINITE;
     total[i] = counts ? 1.f / total[i] : 0.f;
 }
 if constexpr (RESULT)

@@ -23,6 +23,7 @@ fetch(tile(1), ROWS, o + place, H * SIZE, first, stop);
 if (count > 0) start(0);
 copies_commit();
 copies_wait<0>();
+if constexpr (GROUPED) group_sees();
 __syncthreads();
 unsigned queries[HELD ? STEPS : 1][4], grads[HELD ? STEPS : 1][4];
 float means[2] = {0.f, 0.f};
@@ -30,9 +31,9 @@ float means[2] = {0.f, 0.f};
 for (int step = 0; step < STEPS; step++) {
     unsigned results[4];
     const int at_step = HELD ? step : 0;
-    if constexpr (HELD) left(queries[step], own, 16 * warp, step);
-    left(grads[at_step], own + ROWS * SIZE, 16 * warp, step);
-    left(results, tile(1), 16 * warp, step);
+    if constexpr (HELD) left(queries[step], own, ROWS, 16 * warp, step);
+    left(grads[at_step], own + ROWS * SIZE, ROWS, 16 * warp, step);
+    left(results, tile(1), ROWS, 16 * warp, step);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const T *x = reinterpret_cast<const T*>(&grads[at_step][i]), *y = reinterpret_cast<const T*>(&results[i]);
@@ -47,7 +48,7 @@ for (int i = 0; i < 2; i++) {
     means[i] += __shfl_xor_sync(0xffffffff, means[i], 2);
     const int query = lowest + line + 8 * i;
     const int64_t number = (int64_t(b) * H + h) * padded + query;
-    totals[i] = query >= begins && query < stop ? normalizers[number] : inf;
+    totals[i] = query >= begins && query < stop ? normalizers[number] : INFINITE;
     if (pair == 0 && query < padded) *reinterpret_cast<float2*>(pairs + 2 * number) = make_float2(totals[i], means[i]);
 }
 
@@ -57,54 +58,90 @@ for (int n = 0; n < PIECES; n++)
     for (int i = 0; i < 4; i++) sums[n][i] = 0.f;
 for (int item = 0; item < count; item++) {
     copies_wait<0>();
+    if constexpr (GROUPED) group_sees();
     __syncthreads();
     if (item + 1 < count) start(item + 1);
     copies_commit();
     const int key = (begin + item) * KEYS;
-    if (key > lowest + 15 || key + KEYS - 1 <= lowest - window) continue;
+    const int low = GROUPED ? first : lowest;
+    if (key > low + reach || key + KEYS - 1 <= low - window) continue;
     T* const keys = tile(item);
     T* const values = keys + KEYS * SIZE;
     float scores[KEYS / 8][4], shares[KEYS / 8][4];
 #pragma unroll
     for (int n = 0; n < KEYS / 8; n++)
         for (int i = 0; i < 4; i++) scores[n][i] = shares[n][i] = 0.f;
+    if constexpr (GROUPED) {
+        group_settled(scores);
+        group_settled(shares);
+        group_start();
 #pragma unroll
-    for (int step = 0; step < STEPS; step++) {
-        const int at_step = HELD ? step : 0;
-        if constexpr (!HELD) {
-            left(queries[0], own, 16 * warp, step);
-            left(grads[0], own + ROWS * SIZE, 16 * warp, step);
-        }
+        for (int step = 0; step < STEPS; step++)
+            group_multiply<T>(scores, numbers_from(own, ROWS, step), numbers_from(keys, KEYS, step));
+        group_commit();
 #pragma unroll
-        for (int n = 0; n < KEYS / 16; n++) {
-            unsigned of_keys[4], of_values[4];
-            right_by_rows(of_keys, keys, 16 * n, step);
-            right_by_rows(of_values, values, 16 * n, step);
-            multiply<T>(scores[2 * n], queries[at_step], of_keys[0], of_keys[1]);
-            multiply<T>(scores[2 * n + 1], queries[at_step], of_keys[2], of_keys[3]);
-            multiply<T>(shares[2 * n], grads[at_step], of_values[0], of_values[1]);
-            multiply<T>(shares[2 * n + 1], grads[at_step], of_values[2], of_values[3]);
+        for (int step = 0; step < STEPS; step++)
+            group_multiply<T>(shares, numbers_from(own + ROWS * SIZE, ROWS, step), numbers_from(values, KEYS, step));
+        group_commit();
+        group_wait<1>();
+        group_settled(scores);
+    } else {
+#pragma unroll
+        for (int step = 0; step < STEPS; step++) {
+            const int at_step = HELD ? step : 0;
+            if constexpr (!HELD) {
+                left(queries[0], own, ROWS, 16 * warp, step);
+                left(grads[0], own + ROWS * SIZE, ROWS, 16 * warp, step);
+            }
+#pragma unroll
+            for (int n = 0; n < KEYS / 16; n++) {
+                unsigned of_keys[4], of_values[4];
+                right_by_rows(of_keys, keys, KEYS, 16 * n, step);
+                right_by_rows(of_values, values, KEYS, 16 * n, step);
+                multiply<T>(scores[2 * n], queries[at_step], of_keys[0], of_keys[1]);
+                multiply<T>(scores[2 * n + 1], queries[at_step], of_keys[2], of_keys[3]);
+                multiply<T>(shares[2 * n], grads[at_step], of_values[0], of_values[1]);
+                multiply<T>(shares[2 * n + 1], grads[at_step], of_values[2], of_values[3]);
+            }
         }
     }
     if (key + KEYS - 1 > lowest || key <= lowest + 15 - window)
-        hide(scores, KEYS, lowest - key, 1, -1, window, factor < 0.f ? inf : -inf);
+        hide(scores, KEYS, lowest - key, 1, -1, window, factor < 0.f ? INFINITE : -INFINITE);
 #pragma unroll
     for (int n = 0; n < KEYS / 8; n++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const float weight = power_of_two(scores[n][i] * factor - totals[i / 2]);
-            scores[n][i] = weight * (shares[n][i] - means[i / 2]);
-        }
+        for (int i = 0; i < 4; i++) scores[n][i] = power_of_two(scores[n][i] * factor - totals[i / 2]);
+    if constexpr (GROUPED) {
+        group_wait<0>();
+        group_settled(shares);
+    }
 #pragma unroll
-    for (int step = 0; step < KEYS / 16; step++) {
-        unsigned of_scores[4];
-        as_left(of_scores, scores, step);
+    for (int n = 0; n < KEYS / 8; n++)
 #pragma unroll
-        for (int n = 0; n < STEPS; n++) {
-            unsigned of_keys[4];
-            right(of_keys, keys, 16 * step, n);
-            multiply<T>(sums[2 * n], of_scores, of_keys[0], of_keys[1]);
-            multiply<T>(sums[2 * n + 1], of_scores, of_keys[2], of_keys[3]);
+        for (int i = 0; i < 4; i++) scores[n][i] *= shares[n][i] - means[i / 2];
+    if constexpr (GROUPED) {
+        unsigned of_scores[KEYS / 16][4];
+#pragma unroll
+        for (int step = 0; step < KEYS / 16; step++) as_left(of_scores[step], scores, step);
+        group_start();
+#pragma unroll
+        for (int step = 0; step < KEYS / 16; step++)
+            group_multiply_turned<T>(sums, of_scores[step], keys + 16 * step * 64, KEYS * 128);
+        group_commit();
+        group_wait<0>();
+        group_settled(sums);
+    } else {
+#pragma unroll
+        for (int step = 0; step < KEYS / 16; step++) {
+            unsigned of_scores[4];
+            as_left(of_scores, scores, step);
+#pragma unroll
+            for (int n = 0; n < STEPS; n++) {
+                unsigned of_keys[4];
+                right(of_keys, keys, KEYS, 16 * step, n);
+                multiply<T>(sums[2 * n], of_scores, of_keys[0], of_keys[1]);
+                multiply<T>(sums[2 * n + 1], of_scores, of_keys[2], of_keys[3]);
+            }
         }
     }
 }

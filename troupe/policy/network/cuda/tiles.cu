@@ -1,16 +1,21 @@
 // What the kernels of attention over whole rows share: it stands before each of them.
 //
 // A block is WARPS warps, each with sixteen rows of a matrix of its own; the other matrix comes tile by tile, two at a
-// time: while one is multiplied the next is on its way. A tile has rows of SIZE numbers. Their pieces of 16 bytes are
-// permuted by the row, or the eight rows that the card reads at once would lie in the same banks.
+// time: while one is multiplied the next is on its way. A tile has rows of SIZE numbers, 64 of all rows before the next
+// 64. Their pieces of 16 bytes are permuted by the row, or the eight rows that the card reads at once would lie in the
+// same banks.
 constexpr int THREADS = 32 * WARPS, ROWS = 16 * WARPS, PIECES = SIZE / 8, STEPS = SIZE / 16;
-constexpr bool HELD = SIZE <= 128;  // whether registers have room for a block's own rows
+constexpr bool GROUPED = GROUP_PRODUCTS && SIZE <= 128 && WARPS == 4;  // whether four warps multiply together
+constexpr bool HELD = SIZE <= 128 && !GROUPED;  // whether a warp keeps its own rows in registers
 constexpr float LOG2_E = 1.4426950408889634f;
-extern __shared__ __align__(128) char memory[];
+const float INFINITE = __int_as_float(0x7f800000);
+extern __shared__ __align__(1024) char memory[];
 const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 const int line = lane / 4, pair = lane % 4 * 2;  // what a lane has of a product: rows line, line + 8, columns pair, + 1
 
-auto at = [](T* tile, int row, int piece) { return tile + row * SIZE + ((piece ^ (row & 7)) << 3); };
+auto at = [](T* tile, int rows, int row, int piece) {
+    return tile + (piece >> 3) * rows * 64 + row * 64 + (((piece & 7) ^ (row & 7)) << 3);
+};
 
 // Rows first … of one head, of (S, heads, SIZE) in global memory, into a tile; zeros from row `stop` on.
 auto fetch = [&](T* tile, int rows, const T* from, int stride, int first, int stop) {
@@ -18,21 +23,24 @@ auto fetch = [&](T* tile, int rows, const T* from, int stride, int first, int st
     for (int i = 0; i < rows * PIECES / THREADS; i++) {
         const int place = i * THREADS + threadIdx.x, row = place / PIECES, piece = place % PIECES;
         const bool inside = first + row < stop;
-        copy16_async(at(tile, row, piece), from + (inside ? int64_t(first + row) * stride : 0) + piece * 8, inside);
+        copy16_async(at(tile, rows, row, piece), from + (inside ? int64_t(first + row) * stride : 0) + piece * 8, inside);
     }
 };
 
 // Operands from a tile: sixteen rows × numbers 16·step …; as the left matrix, as the right one of which rows are columns
 // (two products), and as the right one itself, of which 16·step … are the columns (two products).
-auto left = [&](unsigned (&a)[4], T* tile, int row, int step) {
-    load4<false>(a, at(tile, row + lane % 16, 2 * step + lane / 16));
+auto left = [&](unsigned (&a)[4], T* tile, int rows, int row, int step) {
+    load4<false>(a, at(tile, rows, row + lane % 16, 2 * step + lane / 16));
 };
-auto right_by_rows = [&](unsigned (&b)[4], T* tile, int row, int step) {
-    load4<false>(b, at(tile, row + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
+auto right_by_rows = [&](unsigned (&b)[4], T* tile, int rows, int row, int step) {
+    load4<false>(b, at(tile, rows, row + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
 };
-auto right = [&](unsigned (&b)[4], T* tile, int row, int step) {
-    load4<true>(b, at(tile, row + lane % 16, 2 * step + lane / 16));
+auto right = [&](unsigned (&b)[4], T* tile, int rows, int row, int step) {
+    load4<true>(b, at(tile, rows, row + lane % 16, 2 * step + lane / 16));
 };
+
+// Where a group's product begins in a tile: numbers 16·step … of its rows.
+auto numbers_from = [](T* tile, int rows, int step) { return tile + step / 4 * rows * 64 + step % 4 * 16; };
 
 auto packed = [](float x, float y) {
     if constexpr (cuda::std::is_same_v<T, __nv_bfloat16>) {
@@ -70,8 +78,8 @@ auto write = [&](T* tile, const float (*sums)[4], float factor, float factor_bel
     __syncwarp();
 #pragma unroll
     for (int n = 0; n < PIECES; n++) {
-        *reinterpret_cast<unsigned*>(at(tile, own + line, n) + pair) = packed(sums[n][0] * factor, sums[n][1] * factor);
-        *reinterpret_cast<unsigned*>(at(tile, own + line + 8, n) + pair) =
+        *reinterpret_cast<unsigned*>(at(tile, ROWS, own + line, n) + pair) = packed(sums[n][0] * factor, sums[n][1] * factor);
+        *reinterpret_cast<unsigned*>(at(tile, ROWS, own + line + 8, n) + pair) =
             packed(sums[n][2] * factor_below, sums[n][3] * factor_below);
     }
     __syncwarp();
@@ -80,6 +88,9 @@ auto write = [&](T* tile, const float (*sums)[4], float factor, float factor_bel
         const int row = own + (32 * i + lane) / PIECES, piece = (32 * i + lane) % PIECES;
         if (first + row < stop)
             *reinterpret_cast<uint4*>(to + int64_t(first + row) * stride + piece * 8) =
-                *reinterpret_cast<const uint4*>(at(tile, row, piece));
+                *reinterpret_cast<const uint4*>(at(tile, ROWS, row, piece));
     }
 };
+
+// What a warp skips by, and hides by: the rows that it multiplies, its own or a group's.
+const int reach = GROUPED ? 63 : 15;
