@@ -137,5 +137,6 @@ for (int i = 0; i < 2; i++) {
         normalizers[(int64_t(b) * H + h) * padded + query] = counts ? peak[i] + log2f(total[i]) : INFINITE;
     total[i] = counts ? 1.f / total[i] : 0.f;
 }
+if constexpr (GROUPED) __syncthreads();  // its last product may read rows of others
 if constexpr (RESULT)
     write(own, sums, total[0], total[1], out + (int64_t(b) * S * H + h) * SIZE, H * SIZE, first, S);

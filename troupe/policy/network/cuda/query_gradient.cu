@@ -145,4 +145,5 @@ for (int item = 0; item < count; item++) {
         }
     }
 }
+if constexpr (GROUPED) __syncthreads();  // its last product may read rows of others
 write(own, sums, scale[0], scale[0], q_grad + place, H * SIZE, first, S);
