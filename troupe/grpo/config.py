@@ -180,8 +180,8 @@ class LearnerConfig(LossConfig, frozen=True, kw_only=True, forbid_unknown_fields
     gradient. None: no, unless a run's memory limit asks for it."""
     deterministic: bool = True
     """Gradients have the same bits each time on every device. false: on NVIDIA cards attention's gradient is cuDNN's
-    where there is no kernel of ours (for 16-bit types and heads of 64, 128 and 256 there is), which adds in another order
-    each time; elsewhere nothing changes."""
+    where there is no kernel of ours (there is for 16-bit types and heads of 64, 128 and 256), which adds in another
+    order each time; elsewhere nothing changes."""
     echo_alpha: NonNegative = 0.0
     """Where the policy acts: weight of the cross-entropy of what it observes (ECHO, arXiv:2605.24517: 0.05; 0.01 to 0.1
     are usual), from which it learns of its world also where every episode fails; see `troupe.grpo.echo`."""

@@ -10,7 +10,7 @@ from tests.support.devices import compute_on
 from tests.support.emulated_cuda import EmulatedKernel
 from troupe.policy.network import flash_attention as flash
 from troupe.policy.network import packing as packing_module
-from troupe.policy.network.flash_attention import can_serve, flash_attention, flash_gradient
+from troupe.policy.network.flash_attention import RowsOfTokens, can_serve, flash_attention, flash_gradient
 from troupe.policy.network.packing import Packing
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning")]
@@ -33,6 +33,17 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
         return EmulatedKernel(name, *flash._SIGNATURES[name], flash._source(name), shared_memory=shared_bytes)
 
     monkeypatch.setattr(flash, "_kernel", kernel)
+
+
+def packed(x: mx.array) -> mx.array:
+    """(B, heads, S, d) → (B·S, heads, d)."""
+    B, heads, S, d = x.shape
+    return x.swapaxes(1, 2).reshape(B * S, heads, d)
+
+
+def in_rows(x: mx.array, B: int) -> mx.array:
+    """(B·S, heads, d) → (B, heads, S, d)."""
+    return x.reshape(B, -1, *x.shape[1:]).swapaxes(1, 2)
 
 
 def numbers(x: mx.array) -> np.ndarray:
@@ -85,9 +96,12 @@ def test_attention_and_its_gradient_by_definition(
     ]
     q, k, v, o_grad = arrays
     speaks = np.array([[a <= s < b for s in range(S)] for a, b in spans or [(0, S)] * B])[:, None, :, None]
-    given = None if spans is None else mx.array(spans, mx.int32)
-    o, normalizers = flash_attention(q, k, v, scale=scale, window=window, spans=given)
-    found = flash_gradient(q, k, v, o_grad, o, normalizers, scale=scale, window=window, spans=given)
+    given = [[a, b, b, row * S, 0] for row, (a, b) in enumerate(spans or [(0, S)] * B)]
+    rows = RowsOfTokens(mx.array(given, mx.int32), S)
+    of_tokens = [packed(x) for x in (q, k, v)]
+    o, normalizers = flash_attention(*of_tokens, rows, scale=scale, window=window)
+    q_grad, *of_keys = flash_gradient(*of_tokens, rows, packed(o_grad), o, normalizers, scale=scale, window=window)
+    found, o = [in_rows(q_grad, B), *(x.swapaxes(1, 2) for x in of_keys)], in_rows(o, B)
     expected, log_totals, grads = by_definition(arrays, scale, window or S, speaks)
     exactness = 1e-2 if dtype == mx.bfloat16 else 1.5e-3
     np.testing.assert_allclose(numbers(o), np.where(speaks, expected, 0), atol=exactness)
@@ -100,19 +114,19 @@ def test_attention_and_its_gradient_by_definition(
         np.testing.assert_allclose(numbers(one), other, atol=exactness * np.abs(other).max())
 
 
-def test_bits_depend_neither_on_the_order_of_blocks_nor_on_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bits_do_not_depend_on_the_order_of_blocks_and_warps(monkeypatch: pytest.MonkeyPatch) -> None:
     keys = mx.random.split(mx.random.key(1), 4)
     q, k, v, o_grad = (
-        mx.random.normal((2, 150, heads, 64), key=key).astype(mx.bfloat16).swapaxes(1, 2)
+        mx.random.normal((300, heads, 64), key=key).astype(mx.bfloat16)
         for heads, key in zip((4, 2, 2, 4), keys, strict=True)
     )
+    rows = RowsOfTokens(mx.array([[0, 150, 150, 0, 0], [0, 150, 150, 150, 0]], mx.int32), 150)
     found = []
     for seed in (None, "1", "2"):
         if seed is not None:
             monkeypatch.setenv("EMULATED_SEED", seed)
-            q, k = mx.contiguous(q), mx.contiguous(k)
-        o, normalizers = flash_attention(q, k, v, scale=0.2)
-        found.append([o, normalizers, *flash_gradient(q, k, v, o_grad, o, normalizers, scale=0.2)])
+        o, normalizers = flash_attention(q, k, v, rows, scale=0.2)
+        found.append([o, normalizers, *flash_gradient(q, k, v, rows, o_grad, o, normalizers, scale=0.2)])
     assert all(mx.array_equal(a, b).item() for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 

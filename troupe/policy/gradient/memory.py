@@ -114,7 +114,7 @@ def gradient_memory_bytes(
     leaving = 11 * N * config.num_experts_per_tok * (D + config.moe_intermediate_size) * size
     head = kept + leaving + (N * D + 3 * M * D) * size + 3 * M * D * 4
     head += max(forwards * block, (backwards + (of_entropies if entropy_gradient else 0)) * block + 2 * table * size)
-    back = _layer_bytes(config, batch, size, recompute=recompute, on_cpu=on_cpu) + layer * made
+    back = _layer_bytes(config, batch, dtype, recompute=recompute, on_cpu=on_cpu) + layer * made
     back += 0 if adapter is None else _beside_bytes(config, adapter, dtype, N)
     back *= 1 if on_cpu else 3
     if by_kernels:
@@ -136,7 +136,7 @@ def forward_memory_bytes(
     what the head makes. What going back through a layer makes is an upper end of the former. An `adapter` is in the
     matrices that it stands beside, or next to them, all at once."""
     D, N, M, size = config.hidden_size, batch.tokens, batch.targets, dtype.size
-    layer = _layer_bytes(config, batch, size, recompute=False, on_cpu=on_cpu) * (1 if on_cpu else 3)
+    layer = _layer_bytes(config, batch, dtype, recompute=False, on_cpu=on_cpu) * (1 if on_cpu else 3)
     if adapter is not None:
         layer += config.num_hidden_layers * _beside_bytes(config, adapter, dtype, N)
     block = min(config.vocab_size, block_rows(M, on_cpu=on_cpu)) * M
@@ -199,19 +199,24 @@ def _inside(config: NetworkConfig, index: int) -> int:
     return (3 if behind else 1) * config.hidden_size + mixing + mlp
 
 
-def _layer_bytes(config: NetworkConfig, batch: MicroBatch, size: int, *, recompute: bool, on_cpu: bool) -> float:
+def _layer_bytes(
+    config: NetworkConfig, batch: MicroBatch, dtype: mx.Dtype, *, recompute: bool, on_cpu: bool
+) -> float:
     """What going back through one layer makes beside what is kept of it and its gradients.
 
     Nine hidden states a token, and the larger of what attention and the gates make; of experts both, and of each of a
     token's places five to six hidden states and six to seven times an expert's size.
     """
-    d, F = config.head_dim, config.intermediate_size
+    d, F, size = config.head_dim, config.intermediate_size, dtype.size
+    by_kernels = not on_cpu and can_serve(d, dtype)
     H, K = config.num_attention_heads, config.num_key_value_heads
     N, R, P, T = batch.tokens, batch.rows, batch.prompt_length, batch.completion_length - 1
     attention = N * (5.2 * H + 2.1 * K) * d
     if on_cpu:
         scores = max(R * H * block_size(T) * (P + T), batch.prompts * H * block_size(P) * P)
         attention += 4.9 * scores + 5 * R * (P + T) * K * d
+    elif by_kernels:
+        attention += R * _places(batch) * 3 * K * d
     else:
         attention += R * (P + T) * (6 * H + 4 * K) * d
     if config.sparse_layers:

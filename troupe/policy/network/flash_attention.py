@@ -5,15 +5,15 @@ order: a kernel goes through the keys of some queries, another through the queri
 products instead of five, and no pass through memory. Scores stay on the chip. Formulas: FlashAttention-2
 (arXiv:2307.08691). Products are of 16-bit numbers with sums in float32.
 
-Shapes: B rows, H query heads, K key/value heads, S places, d head size; all arrays (B, heads, S, d), and best as they
-come from projections, (B, S, heads, d) with two axes swapped: then nothing is copied. `spans`, int32 (B, 2): of each
-row, queries from the first number to before the second count, and as many keys as the second are there; of all others
-the result is zero, and so is what goes back. None: all count.
+Tokens are read and written where they are packed: no rows are laid out, and a prompt that several rows share stands
+once.
+
+Shapes: N packed tokens in R rows of at most S places, H query heads, K key/value heads, d head size.
 """
 
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -23,8 +23,8 @@ _HEAD_SIZES = frozenset({64, 128, 256})
 _LARGEST_OF_BOTH = 128
 """Numbers of a head up to which a block has room for the cotangents of keys and of values."""
 _PAD = 64
-"""Numbers of queries, a float32 or two each, lie in multiples of so many."""
-_COMMON = ("spans", "windows", "scale")
+"""What is known of a row's queries, a float32 or two each, lies in multiples of so many."""
+_COMMON = ("spans", "limits", "scale")
 _SIGNATURES = {
     "attend_rows": (("q", "k", "v", *_COMMON), ("out", "normalizers")),
     "query_gradient": (("q", "k", "v", "o", "o_grad", "normalizers", *_COMMON), ("q_grad", "pairs")),
@@ -63,87 +63,86 @@ def can_serve(head_dim: int, dtype: mx.Dtype) -> bool:
     return major >= 8 and (head_dim <= _LARGEST_OF_BOTH or (major, minor) == (8, 0) or major in (9, 10))
 
 
+class RowsOfTokens(NamedTuple):
+    """Which packed tokens make which rows."""
+
+    spans: mx.array
+    """Of each row, int32 (R, 5): from which place on it is asked about, all tokens asked about once; its length; that
+    of its prompt; how far behind its place a token of the prompt is packed, and one of the rest."""
+    places: int
+    """S."""
+
+
 def flash_attention(
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    *,
-    scale: float,
-    window: int | None = None,
-    spans: mx.array | None = None,
-    result: bool = True,
+    q: mx.array, k: mx.array, v: mx.array, rows: RowsOfTokens, *, scale: float, window: int | None = None
 ) -> tuple[mx.array, mx.array]:
-    """Queries (B, H, S, d), keys and values (B, K, S, d) → (B, H, S, d), and log₂ Σ 2^score of each query, float32
-    (B, H, S rounded up to 64), for `flash_gradient`; neither is differentiable by MLX. A place
-    sees itself and those before it, with a `window` so many in all. Without `result` only the latter; the former is
-    then nothing."""
-    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    B, S, H, d = q.shape
+    """Queries (N, H, d), keys and values (N, K, d) → (N, H, d), and log₂ Σ 2^score of each query, float32 (R, H, S
+    rounded up to 64), inf where none is asked about, for `flash_gradient`; neither is differentiable by MLX. A place
+    sees itself and those before it in its row, with a `window` so many in all."""
+    _, H, d = q.shape
     keys = _tile(_KEYS, d)
-    rows = 16 * _WARPS["attend_rows"]
     out, normalizers = _launch(
         "attend_rows",
-        [q, k, v, *_numbers(B, S, scale, window, spans)],
-        tiles=rows + 4 * keys,
-        numbers=[("KEYS", keys), ("RESULT", result)],
+        [q, k, v],
+        rows,
+        (scale, window),
+        tiles=16 * _WARPS["attend_rows"] + 4 * keys,
+        numbers=[("KEYS", keys)],
         heads=H,
-        outputs=[(q.shape if result else (1,), q.dtype), ((B, H, _padded(S)), mx.float32)],
+        outputs=[(q.shape, q.dtype), ((rows.spans.shape[0], H, _padded(rows.places)), mx.float32)],
     )
-    return (out.swapaxes(1, 2) if result else out), normalizers
+    return out, normalizers
 
 
 def flash_gradient(
     q: mx.array,
     k: mx.array,
     v: mx.array,
+    rows: RowsOfTokens,
     o_grad: mx.array,
     o: mx.array,
     normalizers: mx.array,
     *,
     scale: float,
     window: int | None = None,
-    spans: mx.array | None = None,
-) -> list[mx.array]:
-    """The cotangents of queries, keys and values from `o_grad`, that of the result `o`, both (B, H, S, d);
-    `normalizers` as `flash_attention` gives them."""
-    q, k, v, o_grad, o = (x.swapaxes(1, 2) for x in (q, k, v, o_grad, o))
-    (B, S, H, d), K = q.shape, k.shape[2]
+) -> tuple[mx.array, mx.array, mx.array]:
+    """The cotangents of queries (N, H, d) and, of each row apart, of keys and values (R, S, K, d), of which what is
+    behind a row's end is not written; from `o_grad`, that of the result `o`, both (N, H, d), and `normalizers` as
+    `flash_attention` gives them."""
+    (_, H, d), K = q.shape, k.shape[1]
+    R, of_scores = rows.spans.shape[0], (scale, window)
     keys, queries = _tile(_KEYS, d), _tile(_QUERIES, d)
-    numbers = _numbers(B, S, scale, window, spans)
     q_grad, pairs = _launch(
         "query_gradient",
-        [q, k, v, o, o_grad, normalizers, *numbers],
+        [q, k, v, o, o_grad, normalizers],
+        rows,
+        of_scores,
         tiles=2 * 16 * _WARPS["query_gradient"] + 4 * keys,
         numbers=[("KEYS", keys)],
         heads=H,
-        outputs=[(q.shape, q.dtype), ((B, H, _padded(S), 2), mx.float32)],
+        outputs=[(q.shape, q.dtype), ((R, H, _padded(rows.places), 2), mx.float32)],
     )
-    together = d <= _LARGEST_OF_BOTH
     tile = [("QUERIES", queries), ("PART", min(_PART, queries))]
-    found = [q_grad]
-    for of_keys, of_values in [(True, True)] if together else [(True, False), (False, True)]:
-        shapes = [(k.shape if of_keys else (1,), k.dtype), (v.shape if of_values else (1,), v.dtype)]
+    found: list[mx.array] = []
+    for of_keys, of_values in [(True, True)] if d <= _LARGEST_OF_BOTH else [(True, False), (False, True)]:
+        shape = R, rows.places, K, d
         both = _launch(
             "key_gradient",
-            [q, k, v, o_grad, pairs, *numbers],
+            [q, k, v, o_grad, pairs],
+            rows,
+            of_scores,
             tiles=2 * 16 * _WARPS["key_gradient"] + 4 * queries,
             numbers=[*tile, ("OF_KEYS", of_keys), ("OF_VALUES", of_values)],
             heads=K,
-            outputs=shapes,
+            outputs=[(shape if of_keys else (1,), k.dtype), (shape if of_values else (1,), v.dtype)],
             beside=16 * queries,
         )
         found += [x for x, is_there in zip(both, (of_keys, of_values), strict=True) if is_there]
-    return [x.swapaxes(1, 2) for x in found]
+    return q_grad, found[0], found[1]
 
 
 def _tile(rows: int, head_dim: int) -> int:
     return rows if head_dim <= _LARGEST_OF_BOTH else rows // 2
-
-
-def _numbers(B: int, S: int, scale: float, window: int | None, spans: mx.array | None) -> list[mx.array]:
-    if spans is None:
-        spans = mx.broadcast_to(mx.array([0, S], mx.int32), (B, 2))
-    return [spans, mx.array([S if window is None else min(window, S)], mx.int32), mx.array([scale])]
 
 
 def _padded(S: int) -> int:
@@ -153,6 +152,8 @@ def _padded(S: int) -> int:
 def _launch(
     name: str,
     inputs: list[mx.array],
+    rows: RowsOfTokens,
+    of_scores: tuple[float, int | None],
     *,
     tiles: int,
     numbers: list[tuple[str, Any]],
@@ -160,13 +161,15 @@ def _launch(
     outputs: list[tuple[tuple[int, ...], mx.Dtype]],
     beside: int = 0,
 ) -> list[mx.array]:
-    """A block for some places of each head and row, with so many rows of `tiles` and bytes `beside` to share."""
-    B, S, _, d = inputs[0].shape
-    warps = _WARPS[name]
-    found: list[mx.array] = _kernel(name, tiles * d * inputs[0].dtype.size + beside)(
-        inputs=inputs,
-        template=[("T", inputs[0].dtype), ("SIZE", d), ("WARPS", warps), *numbers],
-        grid=(-(-S // (16 * warps)) * 32 * warps, heads, B),
+    """A block for some places of each head and row, with so many rows of `tiles` and bytes `beside` to share;
+    `of_scores`: their scale, and the window."""
+    d, dtype = inputs[0].shape[-1], inputs[0].dtype
+    (scale, window), warps = of_scores, _WARPS[name]
+    limits = [rows.places if window is None else min(window, rows.places), rows.places]
+    found: list[mx.array] = _kernel(name, tiles * d * dtype.size + beside)(
+        inputs=[*inputs, rows.spans, mx.array(limits, mx.int32), mx.array([scale])],
+        template=[("T", dtype), ("SIZE", d), ("WARPS", warps), *numbers],
+        grid=(-(-rows.places // (16 * warps)) * 32 * warps, heads, rows.spans.shape[0]),
         threadgroup=(32 * warps, 1, 1),
         output_shapes=[shape for shape, _ in outputs],
         output_dtypes=[dtype for _, dtype in outputs],

@@ -13,6 +13,7 @@ from typing import cast
 import mlx.core as mx
 
 from troupe.policy.network.elementwise import is_on_cpu
+from troupe.policy.network.flash_attention import RowsOfTokens
 
 Read = Callable[[mx.array], mx.array]
 
@@ -105,9 +106,11 @@ class WholeRows:
         S, G = padded(max(map(len, rows))), max(sizes)
         self._token_of = mx.array([row + [0] * (S - len(row)) for row in rows], dtype=mx.int32)
         first = [r == 0 or q != prompt_of[r - 1] for r, q in enumerate(prompt_of)]
-        spans = [[0 if first[r] else lengths[q], lengths[q] + inner[r]] for r, q in enumerate(prompt_of)]
-        self.spans = mx.array(spans, dtype=mx.int32)
-        """Of each row, from which place on something is taken of it, and how many tokens it has, (R, 2)."""
+        spans = [
+            [0 if first[r] else lengths[q], lengths[q] + inner[r], lengths[q], starts[q], own[r] - lengths[q]]
+            for r, q in enumerate(prompt_of)
+        ]
+        self.rows = RowsOfTokens(mx.array(spans, dtype=mx.int32), S)
         speaks = [[first[r]] * lengths[q] + [True] * inner[r] for r, q in enumerate(prompt_of)]
         self._speaks = mx.array([row + [False] * (S - len(row)) for row in speaks])[..., None, None]
         row_of = [0, *accumulate(sizes)]

@@ -238,13 +238,11 @@ def _attend_in_whole_rows(
 
     Padding is on the right, where nobody sees it, and may hold anything.
     """
-    q, k, v = (differentiable_read(x, rows.spread, rows.spread_back).swapaxes(1, 2) for x in (q, k, v))
-    normalizer = mx.zeros(0)
     if can_serve(q.shape[-1], q.dtype):
-        o, normalizer = flash_attention(q, k, v, scale=scale, window=window, spans=rows.spans)
-    else:
-        o = attention_of_rows(q, k, v, scale, window)
-    return differentiable_read(o.swapaxes(1, 2), rows.collect, rows.collect_back), normalizer
+        return flash_attention(q, k, v, rows.rows, scale=scale, window=window)
+    q, k, v = (differentiable_read(x, rows.spread, rows.spread_back).swapaxes(1, 2) for x in (q, k, v))
+    o = attention_of_rows(q, k, v, scale, window)
+    return differentiable_read(o.swapaxes(1, 2), rows.collect, rows.collect_back), mx.zeros(0)
 
 
 def _gradient_in_whole_rows(
@@ -262,12 +260,12 @@ def _gradient_in_whole_rows(
     """The cotangents for `_attend_in_whole_rows`, from that of its result, and what it gave: all (N, heads, d). Those
     that are not `exact` may have other bits each time."""
     o, normalizer = attended
+    if normalizer.size:
+        dq, *of_keys = flash_gradient(q, k, v, rows.rows, o_grad, o, normalizer, scale=scale, window=window)
+        return [dq, *map(rows.spread_back, of_keys)]
     q, k, v, o = (rows.spread(x).swapaxes(1, 2) for x in (q, k, v, o))
     o_grad = rows.collect_back(o_grad).swapaxes(1, 2)
-    if normalizer.size:
-        grads = flash_gradient(q, k, v, o_grad, o, normalizer, scale=scale, window=window, spans=rows.spans)
-    else:
-        grads = gradient_of_rows(q, k, v, scale, o_grad, o if exact else None, window)
+    grads = gradient_of_rows(q, k, v, scale, o_grad, o if exact else None, window)
     return [rows.spread_back(x.swapaxes(1, 2)) for x in grads]
 
 

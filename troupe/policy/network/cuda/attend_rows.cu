@@ -1,21 +1,19 @@
 // Attention of ROWS queries of one head, which see themselves and what is before them, at most `window`: the result and
 // log2 Σ 2^score of each, inf where there is no query. Online softmax (arXiv:1805.02867).
-const int S = q_shape[1], H = q_shape[2], K = k_shape[2], padded = (S + 63) / 64 * 64;
-const int first = (gridDim.x - 1 - blockIdx.x) * ROWS, h = blockIdx.y, kv = h / (H / K), b = blockIdx.z;
-const int begins = spans[2 * b], stop = spans[2 * b + 1], window = windows[0];
+const int H = q_shape[1], K = k_shape[1];
+const int first = (gridDim.x - 1 - blockIdx.x) * ROWS, h = blockIdx.y, kv = h / (H / K);
 const float factor = scale[0] * LOG2_E;
 T* const own = reinterpret_cast<T*>(memory);
 auto tile = [&](int item) { return own + ROWS * SIZE + item % 2 * 2 * KEYS * SIZE; };
-const T* const from_k = k + (int64_t(b) * S * K + kv) * SIZE;
-const T* const from_v = v + (int64_t(b) * S * K + kv) * SIZE;
+const T *const from_k = k + kv * SIZE, *const from_v = v + kv * SIZE;
 const int begin = max(0, first - window + 1) / KEYS;
 const int count = first < stop && first + ROWS > begins ? (min(stop, first + ROWS) + KEYS - 1) / KEYS - begin : 0;
 auto start = [&](int item) {
-    fetch(tile(item), KEYS, from_k, K * SIZE, (begin + item) * KEYS, stop);
-    if constexpr (RESULT) fetch(tile(item) + KEYS * SIZE, KEYS, from_v, K * SIZE, (begin + item) * KEYS, stop);
+    fetch(tile(item), KEYS, from_k, K * SIZE, (begin + item) * KEYS);
+    fetch(tile(item) + KEYS * SIZE, KEYS, from_v, K * SIZE, (begin + item) * KEYS);
 };
 
-fetch(own, ROWS, q + (int64_t(b) * S * H + h) * SIZE, H * SIZE, first, stop);
+fetch(own, ROWS, q + h * SIZE, H * SIZE, first);
 if (count > 0) start(0);
 copies_commit();
 copies_wait<0>();
@@ -86,12 +84,10 @@ for (int item = 0; item < count; item++) {
         const float kept = power_of_two(peak[i] - against[i]);
         peak[i] = highest[i];
         total[i] *= kept;
-        if constexpr (RESULT) {
 #pragma unroll
-            for (int n = 0; n < PIECES; n++) {
-                sums[n][2 * i] *= kept;
-                sums[n][2 * i + 1] *= kept;
-            }
+        for (int n = 0; n < PIECES; n++) {
+            sums[n][2 * i] *= kept;
+            sums[n][2 * i + 1] *= kept;
         }
     }
 #pragma unroll
@@ -101,7 +97,7 @@ for (int item = 0; item < count; item++) {
             scores[n][i] = power_of_two(scores[n][i] - against[i / 2]);
             total[i / 2] += scores[n][i];
         }
-    if constexpr (RESULT && GROUPED) {
+    if constexpr (GROUPED) {
         unsigned weights[KEYS / 16][4];
 #pragma unroll
         for (int step = 0; step < KEYS / 16; step++) as_left(weights[step], scores, step);
@@ -112,7 +108,7 @@ for (int item = 0; item < count; item++) {
         group_commit();
         group_wait<0>();
         group_settled(sums);
-    } else if constexpr (RESULT) {
+    } else {
 #pragma unroll
         for (int step = 0; step < KEYS / 16; step++) {
             unsigned weights[4];
@@ -138,5 +134,4 @@ for (int i = 0; i < 2; i++) {
     total[i] = counts ? 1.f / total[i] : 0.f;
 }
 if constexpr (GROUPED) __syncthreads();  // its last product may read rows of others
-if constexpr (RESULT)
-    write(own, sums, total[0], total[1], out + (int64_t(b) * S * H + h) * SIZE, H * SIZE, first, S);
+write(own, sums, total[0], total[1], out + h * SIZE, H * SIZE, first, true);

@@ -1,9 +1,8 @@
 // The cotangents of ROWS keys and values of one head, over all queries that see them: head after head, tile after tile.
 // FlashAttention-2's formulas (arXiv:2307.08691). Keys are the rows of all products, so that the weights stay where the
 // matrix units left them. OF_KEYS, OF_VALUES: which of the two; heads of 256 have room for one.
-const int S = q_shape[1], H = q_shape[2], K = k_shape[2], R = H / K, padded = (S + 63) / 64 * 64;
-const int first = blockIdx.x * ROWS, kv = blockIdx.y, b = blockIdx.z;
-const int begins = spans[2 * b], stop = spans[2 * b + 1], window = windows[0];
+const int H = q_shape[1], K = k_shape[1], R = H / K;
+const int first = blockIdx.x * ROWS, kv = blockIdx.y;
 const float factor = scale[0] * LOG2_E;
 constexpr int TILE = 2 * QUERIES * SIZE;
 T* const keys = reinterpret_cast<T*>(memory);
@@ -15,16 +14,16 @@ const int count = first < stop ? max(0, end - begin) : 0, items = R * count;
 auto start = [&](int item) {
     const int h = kv * R + item / count, query = (begin + item % count) * QUERIES;
     T* const queries = tile(item);
-    fetch(queries, QUERIES, q + (int64_t(b) * S * H + h) * SIZE, H * SIZE, query, stop);
-    fetch(queries + QUERIES * SIZE, QUERIES, o_grad + (int64_t(b) * S * H + h) * SIZE, H * SIZE, query, stop);
+    fetch(queries, QUERIES, q + h * SIZE, H * SIZE, query);
+    fetch(queries + QUERIES * SIZE, QUERIES, o_grad + h * SIZE, H * SIZE, query);
     const float* const from = pairs + ((int64_t(b) * H + h) * padded + query) * 2;
     if (threadIdx.x < QUERIES / 2)
         copy16_async(known_of + item % 2 * 2 * QUERIES + 4 * threadIdx.x, from + 4 * threadIdx.x, true);
 };
 
-const int64_t place = (int64_t(b) * S * K + kv) * SIZE;
-fetch(keys, ROWS, k + place, K * SIZE, first, stop);
-if constexpr (OF_KEYS) fetch(values, ROWS, v + place, K * SIZE, first, stop);
+const int64_t place = (int64_t(b) * S * K + kv) * SIZE;  // of what is written, which has a row's places
+fetch(keys, ROWS, k + kv * SIZE, K * SIZE, first);
+if constexpr (OF_KEYS) fetch(values, ROWS, v + kv * SIZE, K * SIZE, first);
 if (items > 0) start(0);
 copies_commit();
 
@@ -147,5 +146,5 @@ for (int item = 0; item < items; item++) {
 }
 copies_wait<0>();
 __syncthreads();
-if constexpr (OF_KEYS) write(keys, key_sums, scale[0], scale[0], k_grad + place, K * SIZE, first, S);
-if constexpr (OF_VALUES) write(values, value_sums, 1.f, 1.f, v_grad + place, K * SIZE, first, S);
+if constexpr (OF_KEYS) write(keys, key_sums, scale[0], scale[0], k_grad + place, K * SIZE, first, false);
+if constexpr (OF_VALUES) write(values, value_sums, 1.f, 1.f, v_grad + place, K * SIZE, first, false);

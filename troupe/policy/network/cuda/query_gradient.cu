@@ -1,25 +1,22 @@
 // The cotangent of ROWS queries of one head; and for `key_gradient.cu`, of each query, log2 Σ 2^score beside
 // Σ cotangent · result. FlashAttention-2's formulas (arXiv:2307.08691).
-const int S = q_shape[1], H = q_shape[2], K = k_shape[2], padded = (S + 63) / 64 * 64;
-const int first = (gridDim.x - 1 - blockIdx.x) * ROWS, h = blockIdx.y, kv = h / (H / K), b = blockIdx.z;
-const int begins = spans[2 * b], stop = spans[2 * b + 1], window = windows[0];
+const int H = q_shape[1], K = k_shape[1];
+const int first = (gridDim.x - 1 - blockIdx.x) * ROWS, h = blockIdx.y, kv = h / (H / K);
 const float factor = scale[0] * LOG2_E;
 T* const own = reinterpret_cast<T*>(memory);
 auto tile = [&](int item) { return own + 2 * ROWS * SIZE + item % 2 * 2 * KEYS * SIZE; };
-const T* const from_k = k + (int64_t(b) * S * K + kv) * SIZE;
-const T* const from_v = v + (int64_t(b) * S * K + kv) * SIZE;
-const int64_t place = (int64_t(b) * S * H + h) * SIZE;
+const T *const from_k = k + kv * SIZE, *const from_v = v + kv * SIZE;
 const int begin = max(0, first - window + 1) / KEYS;
 const int count = first < stop && first + ROWS > begins ? (min(stop, first + ROWS) + KEYS - 1) / KEYS - begin : 0;
 auto start = [&](int item) {
-    fetch(tile(item), KEYS, from_k, K * SIZE, (begin + item) * KEYS, stop);
-    fetch(tile(item) + KEYS * SIZE, KEYS, from_v, K * SIZE, (begin + item) * KEYS, stop);
+    fetch(tile(item), KEYS, from_k, K * SIZE, (begin + item) * KEYS);
+    fetch(tile(item) + KEYS * SIZE, KEYS, from_v, K * SIZE, (begin + item) * KEYS);
 };
 
 static_assert(ROWS <= 2 * KEYS);
-fetch(own, ROWS, q + place, H * SIZE, first, stop);
-fetch(own + ROWS * SIZE, ROWS, o_grad + place, H * SIZE, first, stop);
-fetch(tile(1), ROWS, o + place, H * SIZE, first, stop);
+fetch(own, ROWS, q + h * SIZE, H * SIZE, first);
+fetch(own + ROWS * SIZE, ROWS, o_grad + h * SIZE, H * SIZE, first);
+fetch(tile(1), ROWS, o + h * SIZE, H * SIZE, first);
 if (count > 0) start(0);
 copies_commit();
 copies_wait<0>();
@@ -146,4 +143,4 @@ for (int item = 0; item < count; item++) {
     }
 }
 if constexpr (GROUPED) __syncthreads();  // its last product may read rows of others
-write(own, sums, scale[0], scale[0], q_grad + place, H * SIZE, first, S);
+write(own, sums, scale[0], scale[0], q_grad + h * SIZE, H * SIZE, first, true);

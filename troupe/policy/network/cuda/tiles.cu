@@ -17,13 +17,20 @@ auto at = [](T* tile, int rows, int row, int piece) {
     return tile + (piece >> 3) * rows * 64 + row * 64 + (((piece & 7) ^ (row & 7)) << 3);
 };
 
-// Rows first … of one head, of (S, heads, SIZE) in global memory, into a tile; zeros from row `stop` on.
-auto fetch = [&](T* tile, int rows, const T* from, int stride, int first, int stop) {
+// Of the row: places from `begins` to before `stop` are asked about, `stop` keys are there. Which token stands where:
+// those of the prompt, which other rows may share, then its own.
+const int b = blockIdx.z, begins = spans[5 * b], stop = spans[5 * b + 1], prompt = spans[5 * b + 2];
+const int of_prompt = spans[5 * b + 3], of_own = spans[5 * b + 4];
+const int window = limits[0], S = limits[1], padded = (S + 63) / 64 * 64;
+auto token = [&](int place) { return int64_t(place + (place < prompt ? of_prompt : of_own)); };
+
+// Places first … of one head, of (N, heads, SIZE) in global memory, into a tile; zeros from place `stop` on.
+auto fetch = [&](T* tile, int rows, const T* from, int stride, int first) {
 #pragma unroll
     for (int i = 0; i < rows * PIECES / THREADS; i++) {
         const int place = i * THREADS + threadIdx.x, row = place / PIECES, piece = place % PIECES;
         const bool inside = first + row < stop;
-        copy16_async(at(tile, rows, row, piece), from + (inside ? int64_t(first + row) * stride : 0) + piece * 8, inside);
+        copy16_async(at(tile, rows, row, piece), from + (inside ? token(first + row) * stride : 0) + piece * 8, inside);
     }
 };
 
@@ -71,9 +78,10 @@ auto hide = [&](float (*scores)[4], int columns, int back, int by_row, int by_co
         }
 };
 
-// A warp's sixteen rows of sums, times two numbers, to rows first + 16·warp … before `stop`, by way of the same rows of
-// a tile that no other warp reads.
-auto write = [&](T* tile, const float (*sums)[4], float factor, float factor_below, T* to, int stride, int first, int stop) {
+// A warp's sixteen rows of sums, times two numbers, to places first + 16·warp … of (places, heads, SIZE) or, where they
+// are `packed_too`, of the tokens that are asked about; by way of the same rows of a tile that no other warp reads.
+auto write = [&](T* tile, const float (*sums)[4], float factor, float factor_below, T* to, int stride, int first,
+                 bool packed_too) {
     const int own = 16 * warp;
     __syncwarp();
 #pragma unroll
@@ -86,8 +94,8 @@ auto write = [&](T* tile, const float (*sums)[4], float factor, float factor_bel
 #pragma unroll
     for (int i = 0; i < 16 * PIECES / 32; i++) {
         const int row = own + (32 * i + lane) / PIECES, piece = (32 * i + lane) % PIECES;
-        if (first + row < stop)
-            *reinterpret_cast<uint4*>(to + int64_t(first + row) * stride + piece * 8) =
+        if (first + row < stop && (!packed_too || first + row >= begins))
+            *reinterpret_cast<uint4*>(to + (packed_too ? token(first + row) : first + row) * stride + piece * 8) =
                 *reinterpret_cast<const uint4*>(at(tile, ROWS, row, piece));
     }
 };
