@@ -199,9 +199,7 @@ def _inside(config: NetworkConfig, index: int) -> int:
     return (3 if behind else 1) * config.hidden_size + mixing + mlp
 
 
-def _layer_bytes(
-    config: NetworkConfig, batch: MicroBatch, dtype: mx.Dtype, *, recompute: bool, on_cpu: bool
-) -> float:
+def _layer_bytes(config: NetworkConfig, batch: MicroBatch, dtype: mx.Dtype, *, recompute: bool, on_cpu: bool) -> float:
     """What going back through one layer makes beside what is kept of it and its gradients.
 
     Nine hidden states a token, and the larger of what attention and the gates make; of experts both, and of each of a
