@@ -94,13 +94,12 @@ def test_attention_and_its_gradient_by_definition(
         mx.random.normal((B, S, heads, d), key=key).astype(dtype).swapaxes(1, 2)
         for heads, key in zip((H, K, K, H), keys, strict=True)
     ]
-    q, k, v, o_grad = arrays
     speaks = np.array([[a <= s < b for s in range(S)] for a, b in spans or [(0, S)] * B])[:, None, :, None]
     given = [[a, b, b, row * S, 0] for row, (a, b) in enumerate(spans or [(0, S)] * B)]
     rows = RowsOfTokens(mx.array(given, mx.int32), S)
-    of_tokens = [packed(x) for x in (q, k, v)]
-    o, normalizers = flash_attention(*of_tokens, rows, scale=scale, window=window)
-    q_grad, *of_keys = flash_gradient(*of_tokens, rows, packed(o_grad), o, normalizers, scale=scale, window=window)
+    q, k, v, o_grad = map(packed, arrays)
+    o, normalizers = flash_attention(q, k, v, rows, scale=scale, window=window)
+    q_grad, *of_keys = flash_gradient(q, k, v, rows, o_grad, o, normalizers, scale=scale, window=window)
     found, o = [in_rows(q_grad, B), *(x.swapaxes(1, 2) for x in of_keys)], in_rows(o, B)
     expected, log_totals, grads = by_definition(arrays, scale, window or S, speaks)
     exactness = 1e-2 if dtype == mx.bfloat16 else 1.5e-3
