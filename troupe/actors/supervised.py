@@ -69,6 +69,13 @@ class Example(msgspec.Struct, frozen=True, kw_only=True):
         """Tokens of the longest prompt amid it; 0: there is none."""
         return max((len(row.prompt_ids) for row in self.rows), default=0)
 
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest row that it makes, with its prompt."""
+        edges = [0, *(row.start for row in self.rows), len(self.tokens)]
+        prompts = [self.prompt_ids, *(row.prompt_ids for row in self.rows)]
+        return max(len(ids) + b - a for ids, (a, b) in zip(prompts, itertools.pairwise(edges), strict=True))
+
     def group(self, prompt: Prompt) -> ScoredGroup:
         """The group that has it for its completion."""
         T = len(self.tokens)
@@ -277,10 +284,11 @@ class SupervisedSteps:
         batch_size: int,
         order: Callable[[int], Sequence[int]],
         left_out: int = 0,
+        held_out: Sequence[Example] = (),
     ) -> None:
         """`order`: epoch → permutation of the rows. `left_out`: how many others there are, of which nothing is
-        learned."""
-        self.steps, self.examples, self.left_out = steps, examples, left_out
+        learned. `held_out`: rows that are measured alone."""
+        self.steps, self.examples, self.left_out, self.held_out = steps, examples, left_out, held_out
         self.dataset, self._batch_size, self._order = dataset, batch_size, order
 
     def place(self, number: int) -> tuple[int, int]:

@@ -33,6 +33,9 @@ def anchor_paths(table: dict[str, Any], base: Path) -> None:
         if isinstance(data := table.get(section), dict):
             named = {key: data[key] for key in _SOURCES if isinstance(data.get(key), str)}
             data |= {key: moved_demo_file(anchored_source(source, base)) for key, source in named.items()}
+    sft = table.get("sft")
+    if isinstance(sft, dict) and isinstance(sft.get("eval_dataset"), str):
+        sft["eval_dataset"] = anchored_source(sft["eval_dataset"], base)
     rewards = table.get("rewards")
     if isinstance(rewards, dict) and isinstance(rewards.get("functions"), list | tuple):
         rewards["functions"] = [anchored_reward(spec, base) for spec in rewards["functions"]]
