@@ -72,9 +72,18 @@ class Example(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def longest_row(self) -> int:
         """Tokens of the longest row that it makes, with its prompt."""
-        edges = [0, *(row.start for row in self.rows), len(self.tokens)]
         prompts = [self.prompt_ids, *(row.prompt_ids for row in self.rows)]
-        return max(len(ids) + b - a for ids, (a, b) in zip(prompts, itertools.pairwise(edges), strict=True))
+        return max(len(ids) + length for ids, length in zip(prompts, self._lengths, strict=True))
+
+    @property
+    def longest_completion(self) -> int:
+        """Tokens that follow on a prompt, in a row of their own."""
+        return max(self._lengths)
+
+    @property
+    def _lengths(self) -> list[int]:
+        edges = [0, *(row.start for row in self.rows), len(self.tokens)]
+        return [stop - start for start, stop in itertools.pairwise(edges)]
 
     def group(self, prompt: Prompt) -> ScoredGroup:
         """The group that has it for its completion."""
@@ -308,7 +317,7 @@ class SupervisedSteps:
     @property
     def longest_completion(self) -> int:
         """Tokens that follow on a prompt, in a row of their own."""
-        return max(_longest_row(each) for each in self.examples)
+        return max(each.longest_completion for each in self.examples)
 
     @property
     def longest_history(self) -> int:
@@ -319,8 +328,3 @@ class SupervisedSteps:
     def cut(self) -> int:
         """Rows of which something is missing."""
         return sum(each.is_cut for each in self.examples)
-
-
-def _longest_row(example: Example) -> int:
-    edges = [0, *(row.start for row in example.rows), len(example.tokens)]
-    return max(stop - start for start, stop in itertools.pairwise(edges))

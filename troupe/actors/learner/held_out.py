@@ -1,7 +1,7 @@
 """Held-out rows of supervised steps: their loss, and in which part of their tokens the policy is right."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import mlx.core as mx
 
@@ -9,7 +9,7 @@ from troupe.actors.learner.batch import CompletionLogProbs, assemble_given
 from troupe.actors.supervised import Example
 from troupe.grpo.tallies import tally
 from troupe.messages import Prompt, Slot
-from troupe.policy import Weights
+from troupe.policy import MicroBatch, Weights
 
 MOST_PLACES = 2**13
 """Places, padding included, that the rows of a piece are laid out in; one row may take more."""
@@ -38,13 +38,34 @@ class HeldOutRows:
             batch = assemble_given(groups, pad_id=self._pad_id).batch
             log_probs, margins = policy.with_margins(weights, batch)
             mask = batch.completion_mask
-            sums = mx.stack([tally(-log_probs, mask), tally(margins >= 0.0, mask)])
-            (loss, count), (found, _) = sums.tolist()  # type: ignore[misc, union-attr]
-            losses.append(loss)
-            right.append(found)
-            counts.append(count)
+            tallies = mx.stack([tally(-log_probs, mask), tally(margins >= 0.0, mask)])
+            sums: list[list[float]] = tallies.tolist()  # type: ignore[assignment]
+            losses.append(sums[0][0])
+            right.append(sums[1][0])
+            counts.append(sums[0][1])
         tokens = math.fsum(counts)
         return {"eval_loss": math.fsum(losses) / tokens, "eval_mean_token_accuracy": math.fsum(right) / tokens}
+
+
+def largest_pieces(examples: Sequence[Example]) -> tuple[MicroBatch, ...]:
+    """Those that take most memory: with most places, with most tokens after prompts, with the longest row."""
+    sizes = {_size_of(piece) for piece in _pieces(examples, MOST_PLACES)}
+    if not sizes:
+        return ()
+    measures: list[Callable[[MicroBatch], int]] = [
+        lambda size: size.rows * (size.prompt_length + size.completion_length),
+        lambda size: size.rows * size.completion_length,
+        lambda size: size.prompt_length + size.completion_length,
+    ]
+    return tuple(dict.fromkeys(max(sizes, key=measure) for measure in measures))
+
+
+def _size_of(piece: Sequence[Example]) -> MicroBatch:
+    """Rows as long as the longest of a piece, with as much after their prompts as the longest has."""
+    rows = sum(1 + len(example.rows) for example in piece)
+    completion = max(max(1, example.longest_completion) for example in piece)
+    prompt = max(1, max(example.longest_row for example in piece) - completion)
+    return MicroBatch(prompts=rows, prompt_length=prompt, rows=rows, completion_length=completion)
 
 
 def _prompt(number: int, example: Example) -> Prompt:
