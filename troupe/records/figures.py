@@ -115,10 +115,7 @@ CHARTS = {
     "learning_rate": ChartSpec("Learning", "Learning rate", "Of the step's last update.", "scientific", smooth=False),
     "advantages": ChartSpec("Learning", "Advantages", "Of the completions trained on."),
     "lengths": ChartSpec(
-        "Completions",
-        "Tokens a completion",
-        "Mean, and between the shortest and the longest of a step.",
-        bands=_LENGTHS,
+        "Completions", "Tokens a completion", "Mean, and between shortest and longest of a step.", bands=_LENGTHS
     ),
     "clipped_ratio": ChartSpec(
         "Completions", "Cut at the limit", "Part of the completions that did not end by themselves.", "percent"
@@ -197,12 +194,11 @@ OF_EPISODES = ("turns", "calls", "failures")
 """The most telling ones, where the policy acts."""
 
 _IN_FILES_ONLY = (
-    "nonfinite", "advantages/mean", "advantages/frac_zero", "completions/min_length",
+    "nonfinite", "advantages/mean", "advantages/frac_zero", "completions/min_length", "learn_tokens_per_second",
     "completions/min_terminated_length", "completions/max_terminated_length", "groups/resampled",
     "groups/filtered_token_fraction", "tokens/stale_fraction", "tokens/trained",
     "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max",
-    "sampling/importance_sampling_ratio/min", "sampling/importance_sampling_ratio/max",
-    "num_tokens", "epoch", "learn_tokens_per_second",
+    "sampling/importance_sampling_ratio/min", "sampling/importance_sampling_ratio/max", "num_tokens", "epoch",
 )  # fmt: skip
 _OF_SOME_LOSSES = (
     "policy_loss", "aux_loss", "router/flips", "echo/loss", "entropy_coef", "controlled_entropy", "clip_ratio/low_min",

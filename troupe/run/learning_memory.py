@@ -50,8 +50,9 @@ def has_histories(work: Workload) -> bool:
     return work.longest_history is not None or bool(work.supervised and work.supervised.longest_history)
 
 
-def held_out_bytes(work: Workload) -> dict[str, int]:
-    """The forward pass over held-out rows between supervised steps, by its name; nothing where there are none."""
+def held_out_phase(work: Workload, held: Mapping[str, int]) -> dict[str, dict[str, int]]:
+    """The forward pass over held-out rows between supervised steps, beside what is held then; nothing where there are
+    none."""
     pieces = () if work.supervised is None else work.supervised.held_out
     if not pieces:
         return {}
@@ -59,7 +60,7 @@ def held_out_bytes(work: Workload) -> dict[str, int]:
         forward_memory_bytes(work.policy, work.dtype, piece, on_cpu=work.on_cpu, adapter=work.adapter)
         for piece in pieces
     )
-    return {"forward pass": max(needed)}
+    return {"held-out rows": {**held, "forward pass": max(needed)}}
 
 
 def lanes_bytes(config: RunConfig, work: Workload) -> int:

@@ -125,10 +125,7 @@ def completion_gradients(
         del inside
         x = y
 
-    def of_rows(log_probs: mx.array, entropies: mx.array, far: mx.array) -> tuple[mx.array, Extra]:
-        statistics = TokenStatistics(log_probs, entropies if entropy_gradient else mx.stop_gradient(entropies))
-        return loss(statistics, far) if margins else loss(statistics)
-
+    of_rows = _of_rows(loss, entropy_gradient=entropy_gradient, margins=margins)
     value, x_grad, norm_grad, head_grad = yield from _through_head(
         config, weights, packing, x, of_rows, temperature, entropy_gradient=entropy_gradient, of_base=of_base
     )
@@ -148,6 +145,18 @@ def completion_gradients(
         done |= {EMBEDDING: embedding_grad + head_grad if config.tie_word_embeddings else embedding_grad}
     yield None, done
     return value
+
+
+def _of_rows(
+    loss: Callable[..., tuple[mx.array, Extra]], *, entropy_gradient: bool, margins: bool
+) -> Callable[[mx.array, mx.array, mx.array], tuple[mx.array, Extra]]:
+    """The loss of log-probs, entropies and margins, as `completion_gradients` is told to give it these."""
+
+    def of_rows(log_probs: mx.array, entropies: mx.array, far: mx.array) -> tuple[mx.array, Extra]:
+        statistics = TokenStatistics(log_probs, entropies if entropy_gradient else mx.stop_gradient(entropies))
+        return loss(statistics, far) if margins else loss(statistics)
+
+    return of_rows
 
 
 def _through_head(
