@@ -31,6 +31,7 @@ from troupe.run.learning_memory import (
     BASE,
     gathered_bytes,
     has_histories,
+    held_out_phase,
     lanes_bytes,
     learning_bytes,
     with_other_ranks,
@@ -247,6 +248,7 @@ def _phases(config: RunConfig, work: Workload, choice: _Choice) -> dict[str, dic
     if gathered := gathered_bytes(work):
         update["gradients of other ranks"] = gathered
     phases = {"generate": held | generating, "learn": held_while_learning | learn}
+    phases |= held_out_phase(work, held_while_learning | {"next policy": weights})
     return with_other_ranks(phases | {"update": held_while_learning | update}, held, learn, work)
 
 

@@ -5,6 +5,7 @@ from itertools import takewhile
 
 import msgspec
 
+from troupe.actors.learner.held_out import largest_pieces
 from troupe.actors.schedule import ScheduleConfig
 from troupe.errors import ConfigError
 from troupe.policy import DTYPES, NetworkConfig
@@ -147,7 +148,9 @@ def _of_supervised(inputs: Inputs) -> SupervisedRowSizes | None:
     rows = inputs.supervised
     if rows is None:
         return None
-    return SupervisedRowSizes(rows.longest_prompt, rows.longest_completion, rows.longest_history)
+    return SupervisedRowSizes(
+        rows.longest_prompt, rows.longest_completion, rows.longest_history, largest_pieces(rows.held_out)
+    )
 
 
 def _worthwhile(config: RunConfig, policy: NetworkConfig, inputs: Inputs, machine: Machine) -> int:

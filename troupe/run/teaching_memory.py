@@ -10,7 +10,7 @@ from troupe.run.workload import TeacherWork, Workload
 
 
 def teacher_bytes(teacher: TeacherWork) -> int:
-    """Its weights; of an adapter the float32 numbers, and its base unless the policy's own is the same."""
+    """Its weights; of an adapter the float32 numbers, and its base unless another's is the same."""
     base = 0 if teacher.shares_base else network_bytes(teacher.network, teacher.dtype)
     return base + (0 if teacher.adapter is None else 4 * adapter_parameter_count(teacher.network, teacher.adapter))
 

@@ -16,6 +16,7 @@ import msgspec
 
 from troupe.actors.learner.batch import Assembled, CompletionLogProbs, assemble, assemble_given
 from troupe.actors.learner.gathering import StepGroups, gid_of
+from troupe.actors.learner.held_out import HeldOutRows
 from troupe.actors.learner.measures import num_tokens
 from troupe.actors.learner.rollouts import length_statistics
 from troupe.actors.learner.scores import group_statistics, has_signal, spread_statistics
@@ -130,6 +131,8 @@ class BatchTrainer:
         """That learn a batch together."""
         self.supervision: Supervision | None = None
         """Of the first steps."""
+        self.held_out: HeldOutRows | None = None
+        """What is measured between supervised steps."""
         self.watched: Watched | None = None
         self.teacher: TeacherConfig | None = None
         """By which the teacher's log-probs count; None: there is no teacher."""
@@ -188,6 +191,10 @@ class BatchTrainer:
             metrics = {**assembled.metrics, **metrics}
         self.told(state.version, batch, self.learning_rates(state.version))
         state, of_result = self.advance(state, batch, end_part)
+        if is_supervised and self.held_out is not None and self.held_out.is_due(state.version, self._supervised):
+            with blas_limited(1 if self._streams else None):
+                of_result |= self.held_out.measure(state.weights, self._log_probs)
+            end_part("held out")
         state = msgspec.structs.replace(state, num_tokens=state.num_tokens + num_tokens(step.groups))
         if self.watched is not None and not is_supervised:
             figures = self.watched.collect(trained)
@@ -257,7 +264,7 @@ class BatchTrainer:
         log_probs: PolicyLogProbs = self.watched or self._log_probs
         if self.supervision is not None and self.is_supervised(state.version):
             config, longest = self.supervision.config(config), self.supervision.max_completion_length
-            log_probs = dataclasses.replace(self._log_probs, temperature=1.0, entropy_gradient=False)
+            log_probs = dataclasses.replace(self._log_probs, temperature=1.0, entropy_gradient=False, margins=True)
         with blas_limited(1 if self._streams else None):
             return train_on_batch(
                 state.weights,

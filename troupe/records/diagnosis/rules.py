@@ -117,7 +117,7 @@ def _is_below(one: Evaluation, best: Evaluation) -> bool:
 
 def _reward_down(of: History) -> Found | None:
     now, start = of.mean("reward"), of.start("reward")
-    if now is None or start is None or _has_curriculum(of):
+    if now is None or start is None or _has_curriculum(of) or _ignores_rewards(of):
         return None
     best = max(of.peak("reward") or start, start)
     if best - now <= LOST * (of.peak("reward_std") or 0.0) + _chance(of):
