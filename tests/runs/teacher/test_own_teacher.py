@@ -75,7 +75,7 @@ def test_a_run_goes_on_from_any_checkpoint_to_the_same_bits(tmp_path: Path, ragg
     if of.startswith("warmed"):
         rows = tmp_path / "given.json"
         rows.write_text(json.dumps([{"prompt": "ab", "completion": "cd"}] * 4), encoding="utf-8")
-        settings = {"warm_start__path": str(rows), "warm_start__epochs": 1.0, "warm_start__lr": 1e-2}
+        settings = {"warm_start__path": str(rows), "warm_start__steps": 2, "warm_start__lr": 1e-2}
         settings["teacher__model_kind"] = of.split()[1]
 
     def run(folder: Path, *, resume: bool = False) -> Path:
