@@ -157,9 +157,8 @@ def load_inputs(
     sampled = prompt_ids if is_sampled else [ids for each in sets for ids in each.prompt_ids]
     longest = max(map(len, sampled), default=1)
     config, lowered = _fit_completions(config, policy.config.max_position_embeddings, longest if sampled else 0)
-    notices += lowered + supervised_notices(supervised)
-    opened = partial(opened_thought, policy.tokenizer)
-    notices += _about(config, policy, opened(dataset[0].prompt, prompt_ids[0]))
+    opened, first_row = partial(opened_thought, policy.tokenizer), (dataset[0].prompt, prompt_ids[0])
+    notices += lowered + supervised_notices(supervised) + _about(config, policy, opened(*first_row))
     if acting_setup is not None:
         acting_setup = acting_setup.within(longest, config.generation.max_completion_length)
         notices += acting_setup.notices(config)

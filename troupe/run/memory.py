@@ -212,8 +212,7 @@ def _phases(config: RunConfig, work: Workload, choice: _Choice) -> dict[str, dic
     if choice.overlap:
         written = weights if is_free else held["policy versions"]
         held["checkpoint being written"] = written + held["optimizer state"]
-    held |= {"teacher": sum(map(teaching.teacher_bytes, work.teachers))} if work.teachers else {}
-    held |= teaching.own_average_bytes(config, work, overlap=choice.overlap)
+    held |= teaching.held_bytes(config, work, overlap=choice.overlap)
     processes = _processes(config, work)
     if processes:
         versions = held["policy versions"] + (weights if evaluates and not work.sessions else 0)
@@ -229,7 +228,7 @@ def _phases(config: RunConfig, work: Workload, choice: _Choice) -> dict[str, dic
     generating |= teaching.teaching_bytes(config, work)
     if evaluates and processes and work.sessions:  # its episodes are decoded beside them
         generating["evaluation"] = work.laid_out_bytes + _decode_bytes(config, work, choice.prompts)
-    held_while_learning = held | (generating if staleness or processes else {})
+    meanwhile = held | (generating if staleness or processes else {})
     adds_up = choice.micro_batches > 1 or learner.lanes > 1 or has_histories(work)
     learning = learning_bytes(config, work, choice.micro_batches, recompute=choice.checkpointing)
     gradients = 4 * numbers if adds_up else weights
@@ -244,11 +243,8 @@ def _phases(config: RunConfig, work: Workload, choice: _Choice) -> dict[str, dic
     if gathered := gathered_bytes(work):
         update["gradients of other ranks"] = gathered
     update |= teaching.next_average_bytes(config, work)
-    phases = {"generate": held | generating}
-    if taught := teaching.own_teaching_bytes(config, work):
-        phases["teach"] = held_while_learning | taught
-    phases["learn"] = held_while_learning | learn
-    return with_other_ranks(phases | {"update": held_while_learning | update}, held, learn, work)
+    phases = {"generate": held | generating} | teaching.own_phase(config, work, meanwhile)
+    return with_other_ranks(phases | {"learn": meanwhile | learn, "update": meanwhile | update}, held, learn, work)
 
 
 def _decode_bytes(config: RunConfig, work: Workload, prompts: int) -> int:

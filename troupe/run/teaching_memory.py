@@ -1,5 +1,7 @@
 """What a teacher takes: its weights, and a forward pass over the largest piece of a group."""
 
+from collections.abc import Mapping
+
 import mlx.core as mx
 
 from troupe.actors.teacher.forward import MOST_PLACES
@@ -32,9 +34,11 @@ def teaching_bytes(config: RunConfig, work: Workload) -> dict[str, int]:
     return {"teacher's forward pass": max(needed)}
 
 
-def own_average_bytes(config: RunConfig, work: Workload, *, overlap: bool) -> dict[str, int]:
-    """The weights of a policy that teaches itself, by their name; `overlap`: older ones are being written meanwhile.
-    Those that the run began with are there as the reference already, where one stays at them."""
+def held_bytes(config: RunConfig, work: Workload, *, overlap: bool) -> dict[str, int]:
+    """The weights of teachers, or of a policy that teaches itself, by their names; `overlap`: older ones are being
+    written meanwhile. Those that the run began with are there as the reference already, where one stays at them."""
+    if work.teachers:
+        return {"teacher": sum(map(teacher_bytes, work.teachers))}
     kind, learner = config.teacher.model_kind, config.learner
     is_there = learner.beta != 0.0 and not learner.sync_ref_model
     if kind in (None, "live") or (kind == "base" and is_there):
@@ -47,8 +51,8 @@ def next_average_bytes(config: RunConfig, work: Workload) -> dict[str, int]:
     return {"next weights as a teacher": _average_bytes(config, work)} if config.teacher.model_kind == "ema" else {}
 
 
-def own_teaching_bytes(config: RunConfig, work: Workload) -> dict[str, int]:
-    """What a policy takes that is asked as its own teacher, by its names; nothing where it is none."""
+def own_phase(config: RunConfig, work: Workload, held: Mapping[str, int]) -> dict[str, dict[str, int]]:
+    """The phase in which a policy is asked as its own teacher, beside what is held; nothing where it is none."""
     if not work.longest_demonstrated:
         return {}
     piece = _largest_piece(config, work.longest_demonstrated, is_shared=True)
@@ -56,7 +60,7 @@ def own_teaching_bytes(config: RunConfig, work: Workload) -> dict[str, int]:
     needed = {"teacher's forward pass": forward}
     if config.teacher.model_kind == "ema" and work.adapter is None and work.dtype != mx.float32:
         needed["average in the policy's type"] = work.dtype.size * work.trained
-    return needed
+    return {"teach": {**held, **needed}}
 
 
 def _average_bytes(config: RunConfig, work: Workload) -> int:
