@@ -98,7 +98,8 @@ GRPO_CONFIG = (
 )
 
 OTHER_COMMANDS = (
-    _a("teacher_model_name_or_path", "teacher.path", "see [distillation](distillation.md)"),
+    _a("teacher_model_name_or_path teacher_model_kind", "teacher.path teacher.model_kind", "[here](distillation.md)"),
+    _a("teacher_update_rate teacher_sync_steps", "teacher.update_rate teacher.sync_steps", "SDFTConfig's"),
     _a("--model_name_or_path", "model.path", "models of the families that are known"),
     _a("--dataset_name", "data.path", "`hf:NAME`, or a file"),
     _a("--dataset_config --dataset_train_split", "data.path", "within the name: `hf:NAME?config=…&split=…`"),

@@ -70,7 +70,8 @@ def check_teaching(config: RunConfig) -> None:
         return
     if not teacher.is_on:
         raise ConfigError(
-            "teacher.path is missing, and other keys of [teacher] are set; name the teacher, or none of them"
+            "teacher.path is missing, and other keys of [teacher] are set; name the teacher, or let the policy teach "
+            "itself by teacher.model_kind, or set none of them"
         )
     if config.task != "grpo":
         raise ConfigError(
@@ -92,7 +93,7 @@ def check_teaching(config: RunConfig) -> None:
 def teachers_of(config: TeacherConfig, student: Policy, rows: PromptDataset) -> LoadedTeachers | None:
     """Read the teachers; None where there is none. ModelError for one that cannot be read, ConfigError for one to which
     the policy's tokens mean something else, and for rows that name nobody who is there."""
-    if not config.is_on:
+    if not config.has_actor:
         return None
     paths = {"": config.path} if config.path is not None else {}
     paths |= {model.name: model.path for model in config.models}

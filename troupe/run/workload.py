@@ -55,6 +55,8 @@ class Workload(NamedTuple):
     """Processes of the generator that share the memory of rank 0, where others do not; the plan is that of its card,
     which has the most."""
     teachers: tuple[TeacherWork, ...] = ()
+    longest_demonstrated: int = 0
+    """Tokens of the longest prompt that the policy sees as its own teacher; 0: it is none."""
     supervised: SupervisedRowSizes | None = None
     """None: all is sampled."""
     evaluates: int = 0

@@ -246,7 +246,7 @@ def _has_curriculum(of: History) -> bool:
 
 def _is_taught(of: History) -> bool:
     """Whether a teacher is learned from, too, who tells completions of equal rewards apart."""
-    is_there = bool(of.setting("teacher.path") or of.setting("teacher.models"))
+    is_there = any(of.setting(f"teacher.{key}") for key in ("path", "models", "model_kind"))
     return is_there and of.setting("teacher.coef", 1.0) > 0.0
 
 
