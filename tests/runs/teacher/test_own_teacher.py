@@ -18,6 +18,7 @@ from tests.support.straight import run_straight
 from troupe import RunConfig
 from troupe.checkpoint import load_checkpoint
 from troupe.cli.train import describe_plan
+from troupe.policy import parameter_count
 from troupe.run.prepare import prepare
 from troupe.runtime import linux_cpu
 
@@ -62,8 +63,11 @@ def test_the_weights_are_those_of_the_plain_loop(tmp_path: Path, ragged_model: P
     assert result.incidents == {}
     assert same_bits(policy_of(result.folder), run_straight(config, weigh_ids).weights)
     assert all(value != 0.0 for value in column(result.folder, "teacher/kl"))
-    items = {name for phase in prepared.memory.phases.values() for name in phase}
-    assert ("weights as a teacher" in items) == (config.teacher.model_kind == "ema")
+    phases, numbers = prepared.memory.phases, parameter_count(prepared.start.policy.config)
+    averages = [2 * 4 * numbers] if config.teacher.model_kind == "ema" else []  # one is being written meanwhile
+    for phase in phases.values():
+        assert [size for name, size in phase.items() if name == "weights as a teacher"] == averages
+    assert phases["teach"]["teacher's forward pass"] > 0
 
 
 @SLOW
