@@ -188,7 +188,7 @@ CHARTS = {
     "queues": ChartSpec("The run", "Waiting in queues", "Messages, at the end of a step.", smooth=False),
 }
 """Key, which names files too → chart, in the order in which they are looked at."""
-OVERVIEW = ("reward", "loss", "kl", "entropy", "lengths", "tokens_per_second")
+OVERVIEW = ("reward", "loss", "token_accuracy", "kl", "entropy", "lengths", "tokens_per_second")
 """The most telling ones."""
 OF_EPISODES = ("turns", "calls", "failures")
 """The most telling ones, where the policy acts."""
@@ -221,7 +221,7 @@ FIGURES = {
     "frac_reward_zero_std": Figure(chart="no_signal", name="all rewards equal"),
     "loss": Figure("+.4f", "loss", ("learning", "loss"), status="+.4f", chart="loss"),
     "mean_token_accuracy": Figure(
-        ".1%", "token accuracy", ("learning", "right"), status=".3f", chart="token_accuracy", name="learned", of="loss"
+        ".1%", "accuracy", ("learning", "accuracy"), status=".3f", chart="token_accuracy", name="learned", of="loss"
     ),
     "eval_loss": Figure(".4f", "held-out loss", status=".4f", chart="loss", name="held out", of="loss"),
     "eval_mean_token_accuracy": Figure(".1%", "held out", chart="token_accuracy", name="held out", of="loss"),

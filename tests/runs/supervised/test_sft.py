@@ -214,6 +214,8 @@ def test_processes_and_ranks_change_no_bit(tmp_path: Path) -> None:
     settings: dict[str, Any] = {
         "warm_start__path": "warm.jsonl",
         "warm_start__steps": 3,
+        "sft__eval_dataset": "warm.jsonl",
+        "sft__eval_steps": 2,
         "learner__max_steps": 2,
         "learner__lanes": 2,
         "schedule__parts": 1,
@@ -224,15 +226,22 @@ def test_processes_and_ranks_change_no_bit(tmp_path: Path) -> None:
     others = write_run(tmp_path, **settings, schedule__generator="process", schedule__learner_ranks=2)
     assert Trainer(others, tmp_path / "others").wait() == 0
     assert same_bits(policy_of(tmp_path / "others"), policy_of(tmp_path / "alone"))
+    for figure in ("eval_loss", "eval_mean_token_accuracy", "mean_token_accuracy"):
+        alone_and_others = [[line.get(figure) for line in lines(tmp_path / name)] for name in ("alone", "others")]
+        assert alone_and_others[0] == alone_and_others[1]
+        assert alone_and_others[0][1:3] != [None, None]
 
 
 @pytest.mark.slow
 @pytest.mark.alone
 def test_a_killed_warm_start_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
     demo = json.loads((DEMO_CONFIG.parent / "arithmetic.json").read_text())[:40]
-    write_jsonl(tmp_path / "warm.jsonl", [{"prompt": row["prompt"], "completion": row["answer"]} for row in demo])
+    write_jsonl(tmp_path / "warm.jsonl", [{"prompt": row["prompt"], "completion": row["answer"]} for row in demo[:30]])
+    write_jsonl(tmp_path / "held_out.jsonl", [{"prompt": row["prompt"], "completion": row["answer"]} for row in demo])
     settings: dict[str, Any] = {
         "warm_start__path": "warm.jsonl",
+        "sft__eval_dataset": "held_out.jsonl",
+        "sft__eval_steps": 5,
         "warm_start__steps": STEPS // 2,
         "learner__max_steps": STEPS // 2,
         "schedule__max_staleness": 1,
@@ -244,6 +253,9 @@ def test_a_killed_warm_start_goes_on_as_if_nothing_had_happened(tmp_path: Path) 
     assert same_bits(policy_of(tmp_path / "out"), policy_of(tmp_path / "whole"))
     assert read_store(tmp_path / "out") == read_store(tmp_path / "whole")
     assert len(read_store(tmp_path / "out")["groups"]) == STEPS * P
+    measured = [line.get("eval_loss") for line in lines(tmp_path / "out")]
+    assert [step for step, loss in enumerate(measured, 1) if loss is not None] == [5, 10, STEPS // 2]
+    assert measured == [line.get("eval_loss") for line in lines(tmp_path / "whole")]
 
 
 @pytest.mark.slow
