@@ -66,7 +66,7 @@ function seriesOf(chart, x) {
   if (parts.length > 1) for (const metric of parts) lines.push([metric, metric.slice("rewards/".length, -"/mean".length)]);
   return lines.map(([metric, name], i) => {
     const y = column(metric);
-    return { name, x, y, bands: i ? [] : bandsOf(chart, y) };
+    return { name, x, y, bands: i ? [] : bandsOf(chart, y), points: metric.startsWith("eval_") }; // few steps have those
   });
 }
 
