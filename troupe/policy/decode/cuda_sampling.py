@@ -69,7 +69,7 @@ def draw_filtered(
     """Logits (B, V), uniforms (B,) in [0, 1) → ids (B,), their log-probs (B,) under softmax(logits / temperature), and
     those under the distribution drawn from, in nats.
 
-    `recent` (B, W) int32, −1 pads, newest last; `filter_uniforms` (B,) for XTC; `threads` of a block, 32 to 1024, a
+    `recent` (B, W) int32, −1 pads, newest last; `filter_uniforms` (B,) for XTC; `threads` of a block, 64 to 1024, a
     power of two. For temperatures above `GREEDY_BELOW` and up to 2²⁰ ids. Raises ValueError where the uniforms for XTC
     are missing.
     """
