@@ -112,7 +112,8 @@ def _default(value: Any) -> str:
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
     if isinstance(value, str):
-        return f'`"{value}"`'
+        escaped = value.replace("\n", "\\n")
+        return f'`"{escaped}"`'
     if isinstance(value, tuple):
         return "`[" + ", ".join(f'"{item}"' for item in value) + "]`"
     return f"`{value if value != {} else '{}'}`"

@@ -15,6 +15,7 @@ import pytest
 from tests.support.runs import write_jsonl
 from tests.support.trl import assert_close
 from troupe.actors.learner.batch import CompletionLogProbs, assemble_given
+from troupe.actors.learner.held_out import HeldOutRows
 from troupe.actors.supervised import Example, SupervisedSteps, Telling
 from troupe.cli.demo import DEMO_CONFIG
 from troupe.dataset import DataConfig, SftConfig, SupervisedRows
@@ -91,7 +92,7 @@ def test_loss_and_gradients_are_those_of_trl(case: dict[str, Any], policy: Polic
     gradient = BatchGradient(
         policy.weights,
         batch,
-        CompletionLogProbs(policy.config, 1.0, entropy_gradient=False),
+        CompletionLogProbs(policy.config, 1.0, entropy_gradient=False, margins=True),
         config,
         ref_weights=None,
         max_completion_length=40,
@@ -99,10 +100,26 @@ def test_loss_and_gradients_are_those_of_trl(case: dict[str, Any], policy: Polic
     )
     grads, values = gradient.at(policy.weights, 0.0, 0)
     assert_close(values["loss"].item(), case["loss"], TOLERANCE)
+    counts = [
+        sum(label != -100 for labels in part for label in labels[1:]) for part in _in_parts(case["labels"], parts)
+    ]
+    for figure, tolerance in (("mean_token_accuracy", 1e-7), ("entropy", TOLERANCE)):
+        theirs = sum(value * count for value, count in zip(case[figure], counts, strict=True)) / learned
+        assert_close(values[figure].item(), theirs, tolerance)
+    held_out = HeldOutRows(examples, every=None, pad_id=256, most_places=40).measure(
+        policy.weights, CompletionLogProbs(policy.config, 0.5)
+    )
+    assert_close(held_out["eval_loss"], case["loss"], TOLERANCE)
+    assert held_out["eval_mean_token_accuracy"] == pytest.approx(values["mean_token_accuracy"].item(), abs=1e-7)
     whole = math.hypot(*case["norms"].values())
     for name, norm in case["norms"].items():
         assert_close(float(mx.linalg.norm(grads[name])), norm, TOLERANCE, scale=whole)
     assert_close(grads[VECTORS["kept"]][:2].tolist(), case["grad"], TOLERANCE, scale=whole)
+
+
+def _in_parts(rows: list[Any], parts: int) -> list[list[Any]]:
+    size = len(rows) // parts
+    return [rows[first : first + size] for first in range(0, len(rows), size)]
 
 
 def _padding(ids: list[int], labels: list[int]) -> int:

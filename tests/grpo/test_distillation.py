@@ -13,7 +13,9 @@ import pytest
 from tests.support.trl import assert_close
 from troupe.grpo import LossConfig, distilled_advantages, grpo_loss, sampled_divergence, selective_log_softmax
 
-CASES = json.loads((Path(__file__).parents[1] / "data" / "trl" / "distillation.json").read_text(encoding="utf-8"))
+VECTORS = Path(__file__).parents[1] / "data" / "trl"
+CASES = json.loads((VECTORS / "distillation.json").read_text(encoding="utf-8"))
+OF_SDFT = json.loads((VECTORS / "sdft.json").read_text(encoding="utf-8"))["losses"]
 
 
 def loss_and_gradient(
@@ -41,6 +43,18 @@ def test_loss_and_gradient_are_those_of_trl(case: dict[str, Any]) -> None:
     assert_close(gradient.tolist(), case["gradient"], 1e-5)
     for other in ("dapo", "bnpo", "dppo", "m2po", "kl_cov"):
         assert_close(loss_and_gradient(*given, other)[1].tolist(), case["gradient"], 1e-5)
+
+
+@pytest.mark.parametrize("case", OF_SDFT, ids=range(len(OF_SDFT)))
+def test_a_policy_that_teaches_itself_learns_by_the_loss_and_gradient_of_trl(case: dict[str, Any]) -> None:
+    logits, tokens = mx.array(case["logits"]), mx.array(case["tokens"])
+    mask = (mx.arange(tokens.shape[1]) < mx.array(case["lengths"])[:, None]).astype(mx.float32)
+    said, temperature = mx.array(case["teacher_log_probs"]), case["temperature"]
+    _, gradient = loss_and_gradient(logits, tokens, mask, said, temperature, "grpo")
+    assert_close(gradient.tolist(), case["gradient"], 1e-5)
+    own = selective_log_softmax(logits / temperature, tokens)
+    each = -distilled_advantages(mx.zeros(tokens.shape[0]), said, own, coef=1.0) * own * mask
+    assert_close(mx.mean(mx.sum(each, axis=1) / mx.sum(mask, axis=1)).item(), case["loss"], 1e-5)
 
 
 def test_in_the_mean_over_samples_the_gradient_is_that_of_the_reverse_divergence() -> None:

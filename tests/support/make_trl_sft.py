@@ -1,8 +1,8 @@
 """Makes test vectors of TRL 1.16's SFTTrainer: `python -m tests.support.make_trl_sft`.
 
-Writes `tests/data/trl/sft.json`: what it makes of rows with the policy of the demo: ids and labels, the loss of a
-batch, also of one that is split in two, and its gradients: the norm of each, and some of one of them. Needs the
-packages `trl` and `datasets`.
+Writes `tests/data/trl/sft.json`: what it makes of rows with the policy of the demo: ids and labels, the loss, the
+entropy and the token accuracy of a batch, also of one that is split in two, and its gradients: the norm of each, and
+some of one of them. Needs the packages `trl` and `datasets`.
 """
 
 from __future__ import annotations
@@ -63,6 +63,8 @@ def case_of(name: str) -> dict[str, Any]:
                 seen["labels"].append(labels)
             loss = super().training_step(model, inputs, num_items_in_batch)
             seen["loss"] += float(loss)
+            for figure in ("mean_token_accuracy", "entropy"):
+                seen[figure] = [*seen.get(figure, []), self._metrics["train"][figure][-1]]
             seen["grads"] = {key: weight.grad.clone() for key, weight in model.named_parameters()}
             return loss
 

@@ -6,15 +6,16 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+import msgspec
 
 from troupe import RunConfig
 from troupe.actors.learner.batch import CompletionLogProbs, as_rollouts, assemble
 from troupe.actors.schedule import PromptSchedule, count_steps, tokenize_prompts
-from troupe.actors.teacher.forward import TeacherForward
+from troupe.actors.teacher.forward import TeacherForward, with_log_probs
 from troupe.dataset import PromptDataset
 from troupe.grpo import adamw_init, learning_rate, sync_reference, train_on_batch
 from troupe.messages import Prompt, RolloutGroup, ScoredGroup, Slot
-from troupe.policy import RolloutEngine, RolloutRequest, Weights, load_policy
+from troupe.policy import Policy, RolloutEngine, RolloutRequest, Weights, load_policy
 from troupe.policy.load import begin_policy
 
 
@@ -33,6 +34,45 @@ def _parts(config: RunConfig, prompts: list[Prompt]) -> list[list[Prompt]]:
     parts = config.schedule.parts or 1
     dealt = [[prompt for prompt in prompts if prompt.slot.place % parts == number] for number in range(parts)]
     return [part for part in dealt if part]
+
+
+class _Own:
+    """The policy as its own teacher, of rows that have an answer."""
+
+    def __init__(self, config: RunConfig, policy: Policy, dataset: PromptDataset) -> None:
+        self._config, self._policy = config, policy
+        template = config.teacher.prompt_template
+        rows = [
+            msgspec.structs.replace(
+                row,
+                prompt=template.replace("{prompt}", str(row.prompt)).replace(
+                    "{privileged_context}", row.columns["answer"]
+                ),
+            )
+            for row in dataset
+        ]
+        self._ids = tokenize_prompts(PromptDataset(rows), policy.tokenizer, config.data, max_tokens=999)
+        self._average = {name: array.astype(mx.float32) for name, array in policy.weights.items()}
+
+    def taught(self, scored: ScoredGroup, weights: Weights) -> ScoredGroup:
+        if self._config.teacher.model_kind != "live":
+            weights = {name: self._average[name].astype(array.dtype) for name, array in weights.items()}
+        temperature = self._config.generation.temperature
+        forward = TeacherForward(self._policy.config, weights, self._policy.base, temperature)
+        prompt = msgspec.structs.replace(scored.group.prompt, prompt_ids=self._ids[scored.group.prompt.row])
+        said = forward.taught(msgspec.structs.replace(scored.group, prompt=prompt))
+        group = with_log_probs(scored.group, [rollout.teacher_log_probs for rollout in said.rollouts])
+        return msgspec.structs.replace(scored, group=group)
+
+    def follow(self, update: int, weights: Weights) -> None:
+        teacher = self._config.teacher
+        if teacher.model_kind == "ema" and update % teacher.sync_steps == 0:
+            rate = teacher.update_rate
+            self._average = {
+                name: rate * weights[name].astype(mx.float32) + (1.0 - rate) * old
+                for name, old in self._average.items()
+            }
+            mx.eval(list(self._average.values()))
 
 
 def run_straight(config: RunConfig, reward: Callable[..., list[float]]) -> Straight:
@@ -56,6 +96,8 @@ def run_straight(config: RunConfig, reward: Callable[..., list[float]]) -> Strai
     if config.teacher.path is not None:
         teaching = load_policy(config.teacher.path, config.teacher.dtype)
         teacher = TeacherForward(teaching.config, teaching.weights, teaching.base, generation.temperature)
+
+    own = None if config.teacher.model_kind is None else _Own(config, policy, dataset)
 
     def complete(prompts: list[Prompt], weights: Weights, version: int) -> list[ScoredGroup]:
         records = learner.router_replay != "off"
@@ -102,11 +144,11 @@ def run_straight(config: RunConfig, reward: Callable[..., list[float]]) -> Strai
         passes = learner.num_iterations
         if kept:
             prepared = assemble(
-                [kept[place] for place in sorted(kept)],
+                [kept[place] if own is None else own.taught(kept[place], weights) for place in sorted(kept)],
                 learner,
                 weights={"r": 1.0},
                 pad_id=policy.tokenizer.pad_token_id or 0,
-                teacher=None if teacher is None else config.teacher,
+                teacher=config.teacher if config.teacher.is_on else None,
             )
             result = train_on_batch(
                 weights,
@@ -123,5 +165,7 @@ def run_straight(config: RunConfig, reward: Callable[..., list[float]]) -> Strai
             if reference is not None and learner.sync_ref_model and update % learner.ref_model_sync_steps == 0:
                 reference = sync_reference(reference, weights, learner.ref_model_mixup_alpha)
                 mx.eval(list(reference.values()))
+            if own is not None:
+                own.follow(update, weights)
         versions.append(weights)
     return Straight(versions[-1], state, reference, filtered, num_tokens)

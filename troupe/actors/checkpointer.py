@@ -285,6 +285,7 @@ class CheckpointWriter:
             state=self._state(snapshot, folder),
             made=self._made(),
             reference=snapshot.reference,
+            average=snapshot.average,
             unfinished=snapshot.unfinished,
             curriculum=snapshot.curriculum,
         )

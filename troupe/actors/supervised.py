@@ -69,6 +69,22 @@ class Example(msgspec.Struct, frozen=True, kw_only=True):
         """Tokens of the longest prompt amid it; 0: there is none."""
         return max((len(row.prompt_ids) for row in self.rows), default=0)
 
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest row that it makes, with its prompt."""
+        prompts = [self.prompt_ids, *(row.prompt_ids for row in self.rows)]
+        return max(len(ids) + length for ids, length in zip(prompts, self._lengths, strict=True))
+
+    @property
+    def longest_completion(self) -> int:
+        """Tokens that follow on a prompt, in a row of their own."""
+        return max(self._lengths)
+
+    @property
+    def _lengths(self) -> list[int]:
+        edges = [0, *(row.start for row in self.rows), len(self.tokens)]
+        return [stop - start for start, stop in itertools.pairwise(edges)]
+
     def group(self, prompt: Prompt) -> ScoredGroup:
         """The group that has it for its completion."""
         T = len(self.tokens)
@@ -277,10 +293,11 @@ class SupervisedSteps:
         batch_size: int,
         order: Callable[[int], Sequence[int]],
         left_out: int = 0,
+        held_out: Sequence[Example] = (),
     ) -> None:
         """`order`: epoch → permutation of the rows. `left_out`: how many others there are, of which nothing is
-        learned."""
-        self.steps, self.examples, self.left_out = steps, examples, left_out
+        learned. `held_out`: rows that are measured alone."""
+        self.steps, self.examples, self.left_out, self.held_out = steps, examples, left_out, held_out
         self.dataset, self._batch_size, self._order = dataset, batch_size, order
 
     def place(self, number: int) -> tuple[int, int]:
@@ -300,7 +317,7 @@ class SupervisedSteps:
     @property
     def longest_completion(self) -> int:
         """Tokens that follow on a prompt, in a row of their own."""
-        return max(_longest_row(each) for each in self.examples)
+        return max(each.longest_completion for each in self.examples)
 
     @property
     def longest_history(self) -> int:
@@ -311,8 +328,3 @@ class SupervisedSteps:
     def cut(self) -> int:
         """Rows of which something is missing."""
         return sum(each.is_cut for each in self.examples)
-
-
-def _longest_row(example: Example) -> int:
-    edges = [0, *(row.start for row in example.rows), len(example.tokens)]
-    return max(stop - start for start, stop in itertools.pairwise(edges))

@@ -8,6 +8,7 @@ A checkpoint is a Hugging Face model folder that other tools load as it is, plus
     rows.msgpack                                          what is known of the rows, where they are chosen by it
     behind-00000009.safetensors                           older policy versions that generation still needs
     reference.safetensors                                 the reference policy, where it follows the policy
+    teacher.safetensors                                   the policy as its own teacher, where that follows it
     state.json                                            `RunState`
     made.json                                             `Made`: with which config, on what machine
     MANIFEST.json                                         size and sha256 of every file, written last

@@ -11,6 +11,7 @@ import msgspec
 from troupe.checkpoint.files import FileSum, sum_file
 from troupe.checkpoint.keep import list_checkpoints
 from troupe.checkpoint.state import (
+    AVERAGE_FILE,
     BEHIND_FILE,
     CONFIG_FILE,
     FORMAT,
@@ -84,6 +85,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         state=state,
         made=read_made(path),
         reference=_load_like(path / REFERENCE_FILE, weights) if REFERENCE_FILE in names else None,
+        average=_load_like(path / AVERAGE_FILE, weights) if AVERAGE_FILE in names else None,
         unfinished=read_unfinished(path / UNFINISHED_FILE) if UNFINISHED_FILE in names else Unfinished(),
         curriculum=_read_curriculum(path / ROWS_FILE) if ROWS_FILE in names else None,
     )

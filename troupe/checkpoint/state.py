@@ -17,7 +17,7 @@ which ids end a text, which scores a fault took, and with what the run was made.
 MANIFEST = "MANIFEST.json"
 CONFIG_FILE, MODEL_FILE, OPTIMIZER_FILE = "config.json", "model.safetensors", "optimizer.safetensors"
 STATE_FILE, REFERENCE_FILE, UNFINISHED_FILE = "state.json", "reference.safetensors", "unfinished.msgpack"
-MADE_FILE, ROWS_FILE = "made.json", "rows.msgpack"
+MADE_FILE, ROWS_FILE, AVERAGE_FILE = "made.json", "rows.msgpack", "teacher.safetensors"
 BEHIND_FILE = re.compile(r"behind-(\d{8,})\.safetensors")
 TEMPORARY_PREFIX, REPLACED_PREFIX = ".writing-", ".replaced-"
 
@@ -101,6 +101,8 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     state: RunState
     reference: Weights | None = None
     """The reference policy where it follows the policy."""
+    average: Weights | None = None
+    """The weights of a policy that teaches itself, where they follow it."""
     made: Made = Made()
     unfinished: Unfinished = Unfinished()
     """Prompts in it have lost their text and columns: slot and row say what they are."""

@@ -14,6 +14,7 @@ import msgspec
 
 from troupe.checkpoint.files import Chunks, FileSum, make_folders, sum_file, write_file
 from troupe.checkpoint.state import (
+    AVERAGE_FILE,
     MADE_FILE,
     MANIFEST,
     MODEL_FILE,
@@ -65,6 +66,8 @@ def save_checkpoint(
     files |= {f"behind-{version:08d}.safetensors": weights for version, weights in checkpoint.behind.items()}
     if checkpoint.reference is not None:
         files[REFERENCE_FILE] = checkpoint.reference
+    if checkpoint.average is not None:
+        files[AVERAGE_FILE] = checkpoint.average
     unfinished = encode_unfinished(checkpoint.unfinished)
     needed = sum(map(safetensors_bytes, [*files.values(), *(arrays for arrays, _ in policy.values())]))
     needed += len(unfinished)

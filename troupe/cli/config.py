@@ -50,7 +50,9 @@ TRAIN_KEYS = {
 }
 """Parameter of `troupe train` → the key that it sets."""
 _NOT_IN_SFT = ("num_generations", "max_completion_length", "environment", "tools", "serve")
-SFT_KEYS = {name: key for name, key in TRAIN_KEYS.items() if name not in _NOT_IN_SFT} | {"max_length": "sft.max_length"}
+SFT_KEYS = {name: key for name, key in TRAIN_KEYS.items() if name not in _NOT_IN_SFT} | {
+    name: f"sft.{name}" for name in ("max_length", "eval_dataset", "eval_steps")
+}
 """The same of `troupe sft`."""
 _KEYS = TRAIN_KEYS | SFT_KEYS
 _PLAIN_WORDS = {"output", "seed"}
@@ -59,7 +61,7 @@ _ABOUT = {"chat": "chat template"}
 """Parameter → what messages call that which it asks for."""
 _SINGULAR = {"rewards": "--reward", "tools": "--tool", "devices": "--device"}
 """Those that may be repeated → the flag."""
-_NAMING = {"model", "adapter", "dataset", "eval_data", "rewards", "environment", "tools", "devices"}
+_NAMING = {"model", "adapter", "dataset", "eval_data", "eval_dataset", "rewards", "environment", "tools", "devices"}
 """Those that name a file, a folder, a function or a card."""
 
 

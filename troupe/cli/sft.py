@@ -22,7 +22,9 @@ from troupe.runtime.outlets import unhurried
 @run_flags.prompt_column
 @run_flags.chat
 @click.option("--max-length", type=int, metavar="N", help="Cut rows that have more tokens.")
-@run_flags.eval_data
+@click.option("--eval-dataset", metavar="ROWS", help="Held-out rows, of which loss and token accuracy are measured.")
+@click.option("--eval-steps", type=int, metavar="N", help="Measure them every N steps; else after the last alone.")
+@click.option("--eval-data", metavar="PROMPTS", help="Held-out prompts, completed and scored as [evaluation] says.")
 @click.option("--reward", "rewards", multiple=True, metavar="NAME|FILE.py:FUNC", help="What scores these completions.")
 @run_flags.output
 @click.option("--lr", type=float, help="Peak learning rate.  [default: 2e-5; of an adapter 2e-4]")

@@ -13,7 +13,7 @@ from troupe.records.evaluations import read_evaluations
 from troupe.records.figures import FIGURES, function_of, written
 from troupe.records.held_out import Standings
 from troupe.records.members import called, summary, told, worth_telling
-from troupe.records.trend import Trend, area, stored_rewards, trend_of
+from troupe.records.trend import Trend, area, measured, stored_rewards, trend_of
 from troupe.runtime.terminal import arrows, one_line
 
 _WIDTH = 14
@@ -30,16 +30,19 @@ class Past(msgspec.Struct, frozen=True, kw_only=True):
     reward: Trend = msgspec.field(default_factory=Trend)
     """Or, where nothing is scored, the loss."""
     held_out: Standings = msgspec.field(default_factory=Standings)
+    held_out_loss: tuple[tuple[int, float], ...] = ()
+    """(step, loss) of held-out rows of supervised steps, wherever it was measured."""
     encoding: str = "utf-8"
     """Of what is printed."""
 
 
 def read_past(folder: Path) -> Past:
     """As far as the files in a run folder say it."""
-    trend = trend_of(stored_rewards(folder))
+    trend, losses = trend_of(stored_rewards(folder)), tuple[tuple[int, float], ...]()
     if trend.first is None:
-        trend = trend_of(stored_rewards(folder, figure="loss"), "loss")
-    return Past(reward=trend, held_out=Standings(read_evaluations(folder)), encoding=sys.stdout.encoding or "utf-8")
+        trend, losses = trend_of(stored_rewards(folder, figure="loss"), "loss"), measured(folder, "eval_loss")
+    held_out, encoding = Standings(read_evaluations(folder)), sys.stdout.encoding or "utf-8"
+    return Past(reward=trend, held_out=held_out, held_out_loss=losses, encoding=encoding)
 
 
 def describe(status: Status, name: str, past: Past | None = None) -> str:
@@ -83,6 +86,11 @@ def describe_past(past: Past) -> list[str]:
     """The way of the reward: its first value, its newest, and a curve between; and of each set with held-out rows. No
     line where there is nothing."""
     held_out = [row("held-out", f"{name}  {told}".strip()) for name, told in past.held_out.lines(past.encoding)]
+    if past.held_out_loss:
+        step, best = min(past.held_out_loss, key=lambda point: point[1])
+        at, loss = past.held_out_loss[-1]
+        figures = f"loss {loss:.4f} at step {at:,}, best {best:.4f} at step {step:,}"
+        held_out.append(row("held-out", figures))
     trend = past.reward
     if trend.first is None or trend.newest is None:
         return held_out

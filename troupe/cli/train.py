@@ -195,10 +195,16 @@ def _describe_warm_start(prepared: Prepared) -> str:
 def _describe_teachers(prepared: Prepared) -> list[str]:
     """Who is asked about each token, and what the answer counts."""
     teacher, loaded = prepared.config.teacher, prepared.inputs.teachers
+    counts = f"its word counts {teacher.coef:g}, the rewards {teacher.reward_coef:g}"
+    if (shown := prepared.inputs.demonstrated) is not None:
+        follows = f" by {teacher.update_rate:g} every {teacher.sync_steps}" if teacher.model_kind == "ema" else ""
+        return [
+            f'teacher: the policy itself ("{teacher.model_kind}"{follows}) behind {max(map(len, shown))} tokens at the '
+            f"most, with {teacher.privileged_context_column!r}; {counts}"
+        ]
     if loaded is None:
         return []
     paths = {"": teacher.path} | {model.name: model.path for model in teacher.models}
-    counts = f"its word counts {teacher.coef:g}, the rewards {teacher.reward_coef:g}"
     return [
         f"teacher{name and f' {name}'}: {paths[name]}, {_count(parameter_count(each.policy.config))} weights in "
         f"{each.policy.dtype}; {counts}"

@@ -32,6 +32,17 @@ class SftConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Of texts, learn the completion alone; false: the prompt, too."""
     assistant_only_loss: bool = True
     """Of conversations, learn what the assistant says alone; false: all messages."""
+    eval_dataset: Annotated[str, msgspec.Meta(min_length=1)] | None = None
+    """Source of held-out rows like those that are learned, of which loss and token accuracy are measured; None: there
+    are none."""
+    eval_steps: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    """Measure them after each so many supervised steps, and after the last of them; None: after the last alone."""
+
+    def __post_init__(self) -> None:
+        if self.eval_steps is not None and self.eval_dataset is None:
+            raise ValueError(
+                f"sft.eval_steps is {self.eval_steps}, but sft.eval_dataset names no held-out rows; name some"
+            )
 
 
 class SupervisedRows(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,6 +50,8 @@ class SupervisedRows(msgspec.Struct, frozen=True, kw_only=True):
 
     dataset: PromptDataset
     said: tuple[Said, ...]
+    held_out: "SupervisedRows | None" = None
+    """Rows that are measured and not learned."""
 
     @classmethod
     def load(

@@ -19,7 +19,7 @@ from troupe.grpo.log_probs import PolicyLogProbs
 from troupe.grpo.loss import batch_normalizer, has_entropy_bonus, loss_and_tallies, routing_tallies, sampler_tallies
 from troupe.grpo.objectives import OBJECTIVES
 from troupe.grpo.ranks import OneRank, Ranks
-from troupe.grpo.tallies import Tallies, averages
+from troupe.grpo.tallies import Tallies, averages, tally
 from troupe.policy.gradient.backward import side_by_side
 from troupe.policy.gradient.parts import Gradients
 from troupe.policy.network.routes import Routes
@@ -177,8 +177,10 @@ class BatchGradient:
         routes: Routes | None,
         log_probs: mx.array,
         entropies: mx.array,
+        margins: mx.array | None = None,
     ) -> tuple[mx.array, Tallies]:
-        """The share of one micro-batch in the loss of the batch."""
+        """The share of one micro-batch in the loss of the batch. `margins` (B, T): how far tokens lie below the
+        likeliest, where that is told."""
         config, batch, mask = self._config, micro.batch, micro.batch.completion_mask
         if not has_entropy_bonus(config):
             entropies = mx.stop_gradient(entropies)
@@ -211,6 +213,8 @@ class BatchGradient:
             normalizer=self._normalizer,
             shares=batch.shares,
         )
+        if margins is not None:
+            tallies["mean_token_accuracy"] = tally(margins >= 0.0, mask)
         if batch.echo is not None:
             foreseeing, echo = echo_loss(log_probs, batch.echo, config.echo_alpha)
             loss, tallies = loss + foreseeing, tallies | echo

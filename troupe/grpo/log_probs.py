@@ -34,10 +34,11 @@ class PolicyLogProbs(Protocol):
         self,
         weights: Weights,
         batch: Batch,
-        loss: Callable[[mx.array, mx.array], tuple[mx.array, Extra]],
+        loss: Callable[..., tuple[mx.array, Extra]],
         routes: Routes | None = None,
     ) -> Generator[Chunk, None, tuple[mx.array, Extra]]:
-        """The gradients of `loss`, of log-probs and entropies, by the weights, each once; returns what `loss` gives.
+        """The gradients of `loss`, of log-probs and entropies, by the weights, each once; returns what `loss` gives. A
+        third argument, where it is given, says how far tokens lie below the likeliest, (B, T).
         Neither here nor above are `routes` given to what makes none."""
 
 

@@ -93,6 +93,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     reference: Mapping[str, Any] | None = None
     """Weights of the reference policy where it follows the policy; None where it is the model that the run began with,
     or where there is none."""
+    average: Mapping[str, Any] | None = None
+    """Weights of a policy that teaches itself, where they follow it; otherwise as above."""
     num_tokens: int = 0
     """Prompt and completion tokens of the run so far."""
     skipped_in_a_row: int = 0

@@ -1,6 +1,7 @@
 """Ways to a `Policy`: a model folder, an adapter folder beside or instead of it, a base with a new adapter."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -45,23 +46,31 @@ def load_policy(path: str | Path, dtype: str | None = None, *, adapter: str | Pa
     return policy if located.adapter is None else _beside(policy, located, network_fingerprint(located.folder))[0]
 
 
-def load_teacher(path: str | Path, dtype: str | None, student: Policy) -> tuple[Policy, str]:
-    """Read who teaches a policy → `Policy`, and its fingerprint. The base of the student's adapter is not read again
-    where the teacher is that network, or an adapter beside it. Raises what `load_policy` raises."""
+def load_teacher(
+    path: str | Path, dtype: str | None, student: Policy, others: Sequence[Policy] = ()
+) -> tuple[Policy, str]:
+    """Read who teaches a policy → `Policy`, and its fingerprint. The base of the student's adapter, or of those of
+    `others`, who teach it too, is not read again where the teacher is that network, or an adapter beside it. Raises
+    what `load_policy` raises."""
     located = resolve_base(path)
     folder, fingerprint = located.folder, model_fingerprint(located.folder)
-    of_base, base = network_fingerprint(folder), student.base
-    shares = base.is_whole and base.fingerprint == of_base and dtype in (None, student.dtype)
-    if not shares:
+    of_base = network_fingerprint(folder)
+    there = [
+        known
+        for known in (student, *others)
+        if known.base.is_whole and known.base.fingerprint == of_base and dtype in (None, known.dtype)
+    ]
+    if not there:
         policy = _whole(folder, dtype)
         if located.adapter is None:
             return policy, fingerprint
         policy, of_adapter = _beside(policy, located, of_base)
         return policy, _joined(fingerprint, of_adapter)
+    known = there[0]
     if located.adapter is None:
-        return student.having({}), fingerprint
-    stored = read_adapter(located.adapter, student.config, folder, of_base)
-    policy = student.having(stored.weights, base=base.beside(student.config, stored.adapter))
+        return known.having({}), fingerprint
+    stored = read_adapter(located.adapter, known.config, folder, of_base)
+    policy = known.having(stored.weights, base=known.base.beside(known.config, stored.adapter))
     return policy, _joined(fingerprint, digest_of(stored.adapter, stored.weights))
 
 

@@ -92,15 +92,14 @@ CHARTS = {
         "supervised ones nats a token.",
         least=None,
     ),
+    "token_accuracy": ChartSpec(
+        "Learning", "Token accuracy", "Of supervised steps: part of the tokens than which none is likelier.", "percent"
+    ),
     "kl": ChartSpec(
-        "Learning",
-        "KL to the reference",
-        "How far the policy has moved from where it began, nats a token.",
+        "Learning", "KL to the reference", "How far the policy has moved from where it began, nats a token."
     ),
     "teacher_kl": ChartSpec(
-        "Learning",
-        "KL to the teacher",
-        "By the sampled tokens, nats a token: what on-policy distillation lowers.",
+        "Learning", "KL to the teacher", "By the sampled tokens, nats a token: what on-policy distillation lowers."
     ),
     "entropy": ChartSpec("Learning", "Entropy", "Nats a token: near 0 the policy writes the same again and again."),
     "clip_ratio": ChartSpec(
@@ -116,10 +115,7 @@ CHARTS = {
     "learning_rate": ChartSpec("Learning", "Learning rate", "Of the step's last update.", "scientific", smooth=False),
     "advantages": ChartSpec("Learning", "Advantages", "Of the completions trained on."),
     "lengths": ChartSpec(
-        "Completions",
-        "Tokens a completion",
-        "Mean, and between the shortest and the longest of a step.",
-        bands=_LENGTHS,
+        "Completions", "Tokens a completion", "Mean, and between shortest and longest of a step.", bands=_LENGTHS
     ),
     "clipped_ratio": ChartSpec(
         "Completions", "Cut at the limit", "Part of the completions that did not end by themselves.", "percent"
@@ -198,17 +194,15 @@ OF_EPISODES = ("turns", "calls", "failures")
 """The most telling ones, where the policy acts."""
 
 _IN_FILES_ONLY = (
-    "nonfinite", "advantages/mean", "advantages/frac_zero", "completions/min_length",
+    "nonfinite", "advantages/mean", "advantages/frac_zero", "completions/min_length", "learn_tokens_per_second",
     "completions/min_terminated_length", "completions/max_terminated_length", "groups/resampled",
     "groups/filtered_token_fraction", "tokens/stale_fraction", "tokens/trained",
     "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max",
-    "sampling/importance_sampling_ratio/min", "sampling/importance_sampling_ratio/max",
-    "num_tokens", "epoch", "learn_tokens_per_second",
+    "sampling/importance_sampling_ratio/min", "sampling/importance_sampling_ratio/max", "num_tokens", "epoch",
 )  # fmt: skip
 _OF_SOME_LOSSES = (
     "policy_loss", "aux_loss", "router/flips", "echo/loss", "entropy_coef", "controlled_entropy", "clip_ratio/low_min",
-    "clip_ratio/high_max",
-    "vespo/phi_seq_mean",
+    "clip_ratio/high_max", "vespo/phi_seq_mean",
 )  # fmt: skip
 _POOLS = ("easy", "normal", "hard", "retired")
 _BESIDE_DEVICE = {
@@ -226,6 +220,11 @@ FIGURES = {
     **dict.fromkeys(("reward/q10", "reward/q25", "reward/q50", "reward/q75", "reward/q90"), Figure()),
     "frac_reward_zero_std": Figure(chart="no_signal", name="all rewards equal"),
     "loss": Figure("+.4f", "loss", ("learning", "loss"), status="+.4f", chart="loss"),
+    "mean_token_accuracy": Figure(
+        ".1%", "token accuracy", ("learning", "right"), status=".3f", chart="token_accuracy", name="learned", of="loss"
+    ),
+    "eval_loss": Figure(".4f", "held-out loss", status=".4f", chart="loss", name="held out", of="loss"),
+    "eval_mean_token_accuracy": Figure(".1%", "held out", chart="token_accuracy", name="held out", of="loss"),
     "kl": Figure(".4f", "KL", ("learning", "KL"), status=".4f", chart="kl", of="loss"),
     "teacher/kl": Figure(
         ".4f", "KL to teacher", ("learning", "teacher KL"), status=".4f", chart="teacher_kl", of="loss"

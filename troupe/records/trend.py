@@ -52,6 +52,16 @@ def stored_rewards(folder: Path, up_to: int | None = None, figure: str = "reward
         return ()
 
 
+def measured(folder: Path, figure: str) -> tuple[tuple[int, float], ...]:
+    """(step, value) of every step that has a figure which few have; nothing where there is no store that can be read
+    now."""
+    try:
+        with open_store(folder) as store:
+            return tuple(store.all_values(figure))
+    except OutputError:
+        return ()
+
+
 def telling(names: Container[str]) -> str:
     """The figure that tells best how a step went, of those that it has: where nothing is scored, the loss."""
     return "loss" if "loss" in names and "reward" not in names else "reward"

@@ -35,7 +35,7 @@ GRPO_CONFIG = (
     _a("model", "model.path", "models of the families that are known"),
     _a("peft_config", "adapter.kind", "its keys are in the section `[adapter]`; see [adapters](adapters.md)"),
     _a("train_dataset", "data.path", "a file, or `hf:NAME`; see [prompts](datasets.md)"),
-    _a("eval_dataset eval_steps", "data.eval_path evaluation.every", "likewise; greedily, once a row; 0: not amid it"),
+    _a("eval_dataset eval_steps", "data.eval_path evaluation.every", "once a row; [SFT](sft.md): `sft.eval_dataset`"),
     _a("reward_funcs", "rewards.functions", "`FILE.py:NAME`; reward models are yours to call"),
     _a("environment_factory tools", "environment.factory environment.tools", "`FILE.py:NAME`, or in Python as in TRL"),
     _a("max_tool_calling_iterations", "environment.max_turns", "one more: it counts the policy's turns"),
@@ -98,7 +98,8 @@ GRPO_CONFIG = (
 )
 
 OTHER_COMMANDS = (
-    _a("teacher_model_name_or_path", "teacher.path", "see [distillation](distillation.md)"),
+    _a("teacher_model_name_or_path teacher_model_kind", "teacher.path teacher.model_kind", "[here](distillation.md)"),
+    _a("teacher_update_rate teacher_sync_steps", "teacher.update_rate teacher.sync_steps", "SDFTConfig's"),
     _a("--model_name_or_path", "model.path", "models of the families that are known"),
     _a("--dataset_name", "data.path", "`hf:NAME`, or a file"),
     _a("--dataset_config --dataset_train_split", "data.path", "within the name: `hf:NAME?config=…&split=…`"),

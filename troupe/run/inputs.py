@@ -34,6 +34,7 @@ from troupe.run.acting import (
 )
 from troupe.run.config import RunConfig
 from troupe.run.curriculum import curriculum_for, curriculum_notices
+from troupe.run.demonstrations import demonstrated_prompts
 from troupe.run.engines import check_engine_inputs
 from troupe.run.rates import with_rates
 from troupe.run.resume.check import Resumption
@@ -84,6 +85,7 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
     acting_setup: ActingSetup | None = None
     """Where the policy acts; None: it answers once."""
     teachers: LoadedTeachers | None = None
+    demonstrated: tuple[tuple[int, ...], ...] | None = None
     """With their arrays."""
     calls: Calls | None = None
     """Rewards and environments on workers; None: no worker can join the run."""
@@ -155,9 +157,8 @@ def load_inputs(
     sampled = prompt_ids if is_sampled else [ids for each in sets for ids in each.prompt_ids]
     longest = max(map(len, sampled), default=1)
     config, lowered = _fit_completions(config, policy.config.max_position_embeddings, longest if sampled else 0)
-    notices += lowered + supervised_notices(supervised)
-    opened = partial(opened_thought, policy.tokenizer)
-    notices += _about(config, policy, opened(dataset[0].prompt, prompt_ids[0]))
+    opened, first_row = partial(opened_thought, policy.tokenizer), (dataset[0].prompt, prompt_ids[0])
+    notices += lowered + supervised_notices(supervised) + _about(config, policy, opened(*first_row))
     if acting_setup is not None:
         acting_setup = acting_setup.within(longest, config.generation.max_completion_length)
         notices += acting_setup.notices(config)
@@ -178,6 +179,7 @@ def load_inputs(
         longest_prompt=longest,
         acting_setup=acting_setup,
         teachers=teachers_of(config.teacher, policy, dataset),
+        demonstrated=demonstrated_prompts(config, dataset, tokenize, policy, acts=world is not None),
         calls=calls,
         total_steps=total_steps,
         description=_described(supervised, trained, prompt_ids, sets, policy),

@@ -4,9 +4,11 @@ from functools import partial
 from typing import Any
 
 from troupe.actors.generator.hosted import GeneratorHost
+from troupe.actors.learner.held_out import HeldOutRows
 from troupe.actors.learner.rank_wire import RankSetup
 from troupe.actors.learner.ranks import RankProcesses
 from troupe.actors.learner.train import BatchTrainer
+from troupe.actors.teacher.own import OwnTeacher
 from troupe.grpo.supervised import Supervision
 from troupe.policy import is_on_cpu
 from troupe.run.generators import base_source
@@ -33,7 +35,12 @@ def make_trainer(prepared: Prepared, factories: Factories, ledgers: Ledgers, rep
         gamma=config.environment.gamma,
     )
     trainer.teacher = config.teacher if config.teacher.is_on else None
+    if prepared.inputs.demonstrated is not None:
+        shown, temperature = prepared.inputs.demonstrated, config.generation.temperature
+        trainer.own_teacher = OwnTeacher(config.teacher, policy.config, policy.base, temperature, shown)
     trainer.supervision = supervision_of(prepared)
+    if prepared.inputs.supervised is not None and (held_out := prepared.inputs.supervised.held_out):
+        trainer.held_out = HeldOutRows(held_out, every=config.sft.eval_steps, pad_id=policy.pad_id)
     if config.metrics.store_token_figures and "sqlite" in config.metrics.sinks:
         trainer.watch()
     if prepared.ranks > 1:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from troupe.grpo.lanes import GATHERED_AT_ONCE, in_lanes
 from troupe.grpo.loss import has_entropy_bonus
 from troupe.policy import MicroBatch, gradient_memory_bytes
+from troupe.policy.gradient.memory import forward_memory_bytes
 from troupe.policy.network.attention import attention_is_fused
 from troupe.run.config import RunConfig
 from troupe.run.workload import SupervisedRowSizes, Workload
@@ -47,6 +48,19 @@ def learning_bytes(config: RunConfig, work: Workload, micro_batches: int, *, rec
 def has_histories(work: Workload) -> bool:
     """Whether a completion may be several rows, so that there may be more micro-batches than were asked for."""
     return work.longest_history is not None or bool(work.supervised and work.supervised.longest_history)
+
+
+def held_out_phase(work: Workload, held: Mapping[str, int]) -> dict[str, dict[str, int]]:
+    """The forward pass over held-out rows between supervised steps, beside what is held then; nothing where there are
+    none."""
+    pieces = () if work.supervised is None else work.supervised.held_out
+    if not pieces:
+        return {}
+    needed = (
+        forward_memory_bytes(work.policy, work.dtype, piece, on_cpu=work.on_cpu, adapter=work.adapter)
+        for piece in pieces
+    )
+    return {"held-out rows": {**held, "forward pass": max(needed)}}
 
 
 def lanes_bytes(config: RunConfig, work: Workload) -> int:

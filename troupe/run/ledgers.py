@@ -111,7 +111,7 @@ class Ledgers:
             self.files = WeightsFiles(prepared.folder, at_once=schedule.max_staleness + 2 + evaluated)
         self.hosts: list[Start] = []
         """Who starts the generator's first processes beside the learner's ranks."""
-        working = ("generator", "learner", "checkpointer", *["teacher"] * config.teacher.is_on)
+        working = ("generator", "learner", "checkpointer", *["teacher"] * config.teacher.has_actor)
         self.devices = {name: factories.device(name) for name in working}
         """By actor. Close them when all actors have ended, not before: on CUDA a thread that ends spoils what another
         computes."""

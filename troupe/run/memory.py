@@ -19,23 +19,20 @@ from rich.table import Table
 from troupe.errors import ConfigError
 from troupe.grpo import optimizer_state_bytes, update_bytes
 from troupe.grpo.lanes import in_lanes
-from troupe.policy import (
-    Sampler,
-    decode_memory_bytes,
-    turn_memory_bytes,
-)
+from troupe.policy import Sampler, decode_memory_bytes, turn_memory_bytes
 from troupe.policy.decode.memory import device_ways
 from troupe.policy.network.tensors import network_bytes
+from troupe.run import teaching_memory as teaching
 from troupe.run.config import RunConfig
 from troupe.run.learning_memory import (
     BASE,
     gathered_bytes,
     has_histories,
+    held_out_phase,
     lanes_bytes,
     learning_bytes,
     with_other_ranks,
 )
-from troupe.run.teaching_memory import teacher_bytes, teaching_bytes
 from troupe.run.workload import Workload
 from troupe.runtime.memory import GB, RESERVE, device_limit_gb
 
@@ -216,7 +213,7 @@ def _phases(config: RunConfig, work: Workload, choice: _Choice) -> dict[str, dic
     if choice.overlap:
         written = weights if is_free else held["policy versions"]
         held["checkpoint being written"] = written + held["optimizer state"]
-    held |= {"teacher": sum(map(teacher_bytes, work.teachers))} if work.teachers else {}
+    held |= teaching.held_bytes(config, work, overlap=choice.overlap)
     processes = _processes(config, work)
     if processes:
         versions = held["policy versions"] + (weights if evaluates and not work.sessions else 0)
@@ -228,11 +225,10 @@ def _phases(config: RunConfig, work: Workload, choice: _Choice) -> dict[str, dic
     generating = {
         _LAID_OUT: decoders * layouts * work.laid_out_bytes,
         "decode": decoders * _decode_bytes(config, work, choice.prompts),
-    }
-    generating |= teaching_bytes(config, work)
+    } | teaching.teaching_bytes(config, work)
     if evaluates and processes and work.sessions:  # its episodes are decoded beside them
         generating["evaluation"] = work.laid_out_bytes + _decode_bytes(config, work, choice.prompts)
-    held_while_learning = held | (generating if staleness or processes else {})
+    meanwhile = held | (generating if staleness or processes else {})
     adds_up = choice.micro_batches > 1 or learner.lanes > 1 or has_histories(work)
     learning = learning_bytes(config, work, choice.micro_batches, recompute=choice.checkpointing)
     gradients = 4 * numbers if adds_up else weights
@@ -246,8 +242,10 @@ def _phases(config: RunConfig, work: Workload, choice: _Choice) -> dict[str, dic
         update["next policy"] = weights
     if gathered := gathered_bytes(work):
         update["gradients of other ranks"] = gathered
-    phases = {"generate": held | generating, "learn": held_while_learning | learn}
-    return with_other_ranks(phases | {"update": held_while_learning | update}, held, learn, work)
+    update |= teaching.next_average_bytes(config, work)
+    phases = {"generate": held | generating} | teaching.own_phase(config, work, meanwhile)
+    phases |= {"learn": meanwhile | learn} | held_out_phase(work, meanwhile | {"next policy": weights})
+    return with_other_ranks(phases | {"update": meanwhile | update}, held, learn, work)
 
 
 def _decode_bytes(config: RunConfig, work: Workload, prompts: int) -> int:

@@ -86,7 +86,7 @@ def build_pipeline(
         episodes=prepared.config.generation.num_generations if ledgers.conversations is not None else 0,
         evaluates=bool(prepared.inputs.sets),
         by_crew=ledgers.files is not None and ledgers.conversations is None,
-        teaches=prepared.config.teacher.is_on,
+        teaches=prepared.config.teacher.has_actor,
         supervised=prepared.inputs.supervised is not None,
     )
     learner = _make_learner(prepared, wiring, ledgers, factories, check_folder)
@@ -215,6 +215,7 @@ def _make_learner(
             every=prepared.live.checkpoint_every,
             beside_learning=config.checkpoint.overlap is not False,
             with_reference=config.learner.sync_ref_model or prepared.inputs.supervised is not None,
+            with_average=config.teacher.model_kind == "ema" or prepared.inputs.supervised is not None,
             open_groups=ledgers.open_groups,
             recorded=ledgers.recorded,
             next_prompt=lambda: prompts.next,
@@ -239,6 +240,7 @@ def _starting_state(prepared: Prepared, board: PolicyBoard[Weights]) -> LearnerS
         weights=prepared.start.policy.weights,
         optimizer_state=prepared.start.optimizer_state,
         reference=prepared.start.reference,
+        average=prepared.start.average,
         num_tokens=0 if state is None else state.num_tokens,
         skipped_in_a_row=0 if state is None else state.skipped_in_a_row,
     )

@@ -5,6 +5,7 @@ from itertools import takewhile
 
 import msgspec
 
+from troupe.actors.learner.held_out import largest_pieces
 from troupe.actors.schedule import ScheduleConfig
 from troupe.errors import ConfigError
 from troupe.policy import DTYPES, NetworkConfig
@@ -44,7 +45,7 @@ def place_run(inputs: Inputs, machine: Machine) -> Plan:
     config = _placed(config, machine, worthwhile if is_light else 1)
     config, streams = _streamed(config, machine, worthwhile, _given_parts(inputs.config.schedule))
     if machine.on_cpu:
-        linux_cpu.take_buffers(streams + (config.schedule.blas_threads or 1) + config.teacher.is_on)
+        linux_cpu.take_buffers(streams + (config.schedule.blas_threads or 1) + config.teacher.has_actor)
     work = Workload(
         policy=policy.config,
         dtype=DTYPES[policy.dtype],
@@ -57,6 +58,7 @@ def place_run(inputs: Inputs, machine: Machine) -> Plan:
         ranks=ranks_of(config, machine),
         beside=_beside(config, machine),
         teachers=() if inputs.teachers is None else inputs.teachers.works,
+        longest_demonstrated=max(map(len, inputs.demonstrated or ()), default=0),
         **_of_episodes(config, inputs),
     )
     return _told(plan_memory(config, work), inputs.config, machine)
@@ -147,7 +149,9 @@ def _of_supervised(inputs: Inputs) -> SupervisedRowSizes | None:
     rows = inputs.supervised
     if rows is None:
         return None
-    return SupervisedRowSizes(rows.longest_prompt, rows.longest_completion, rows.longest_history)
+    return SupervisedRowSizes(
+        rows.longest_prompt, rows.longest_completion, rows.longest_history, largest_pieces(rows.held_out)
+    )
 
 
 def _worthwhile(config: RunConfig, policy: NetworkConfig, inputs: Inputs, machine: Machine) -> int:

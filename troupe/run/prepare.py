@@ -27,6 +27,7 @@ from troupe.records.store.write import check_store
 from troupe.rewards import Reward, RewardManager
 from troupe.run.acting import NOTHING_GIVEN, Acting
 from troupe.run.config import RunConfig, check_config
+from troupe.run.demonstrations import average_to_begin
 from troupe.run.devices import Cards, claim_cards
 from troupe.run.engines import check_engines
 from troupe.run.folder import run_folder
@@ -51,6 +52,7 @@ from troupe.runtime import linux_cpu
 from troupe.runtime.machine import arithmetic
 from troupe.runtime.memory import check_wired_limit
 
+_NO_OTHERS: dict[str, None] = {"reference": None, "average": None}
 _ACTING = {"environment.factory", "environment.tools"}
 """Who has answered."""
 _REWARDS = {"rewards.functions", "rewards.run"}
@@ -201,6 +203,8 @@ class Start(msgspec.Struct, frozen=True, kw_only=True):
     """The policy that the run starts from, or goes on from after a resume."""
     reference: Weights | None
     """Weights of the reference policy where learner.beta ≠ 0."""
+    average: Weights | None = None
+    """By which the policy teaches itself, as `LearnerState.average`."""
     optimizer_state: dict[str, mx.array]
     """Fresh, or the checkpoint's; evaluated."""
     checkpoint: Checkpoint | None
@@ -229,13 +233,13 @@ class Start(msgspec.Struct, frozen=True, kw_only=True):
         checkpoint = self.checkpoint
         if checkpoint is not None:
             checkpoint = msgspec.structs.replace(
-                checkpoint, weights={}, optimizer_state={}, behind={}, reference=None, unfinished=Unfinished()
+                checkpoint, weights={}, optimizer_state={}, behind={}, unfinished=Unfinished(), **_NO_OTHERS
             )
         return msgspec.structs.replace(
             self,
             policy=self.policy.having({}),
             untrained=None,
-            reference=None,
+            **_NO_OTHERS,
             checkpoint=checkpoint,
             optimizer_state={},
             restored=Restored(next=self.restored.next),
@@ -280,6 +284,7 @@ def start_run(folder: Path, config: RunConfig, inputs: Inputs, resumption: Resum
         evaluated=evaluated,
         untrained=policy.weights if lacks_untrained else None,
         reference=_reference(config, inputs, policy, checkpoint),
+        average=average_to_begin(config.teacher, policy, checkpoint, warmed=inputs.supervised is not None),
         optimizer_state=optimizer_state,
         checkpoint=checkpoint,
         restored=_restored(checkpoint, config, inputs),

@@ -20,7 +20,18 @@ def read_supervised(config: RunConfig, first: int | None) -> SupervisedRows | No
     """The rows that a run imitates, or the `first` of them; None where it does not. DatasetError for what cannot be
     used."""
     path = config.data.path if config.task == "sft" else config.warm_start.path
-    return None if path is None else SupervisedRows.load(path, config.data, config.sft, first=first)
+    if path is None:
+        if config.sft.eval_dataset is not None:
+            raise ConfigError(
+                f"sft.eval_dataset is {config.sft.eval_dataset!r}, but no step is supervised, so that nothing would be "
+                "measured; give warm_start.path, or leave it out (held-out prompts: data.eval_path)"
+            )
+        return None
+    rows = SupervisedRows.load(path, config.data, config.sft, first=first)
+    if config.sft.eval_dataset is None:
+        return rows
+    held_out = SupervisedRows.load(config.sft.eval_dataset, config.data, config.sft, first=first)
+    return msgspec.structs.replace(rows, held_out=held_out)
 
 
 def supervised_steps(rows: SupervisedRows, config: RunConfig, policy: Policy) -> SupervisedSteps:
@@ -36,6 +47,7 @@ def supervised_steps(rows: SupervisedRows, config: RunConfig, policy: Policy) ->
         variables=config.data.chat_template_kwargs,
     )
     learner, examples = config.learner, telling.examples(rows)
+    held_out = [] if rows.held_out is None else _held_out(telling.examples(rows.held_out), rows.held_out)
     dataset, told = _kept(rows.dataset, examples), [each for each in examples if each is not None]
     if config.task == "sft":
         counted = {"epochs": learner.epochs, "max_steps": learner.max_steps}
@@ -48,7 +60,15 @@ def supervised_steps(rows: SupervisedRows, config: RunConfig, policy: Policy) ->
         batch_size=learner.batch_size,
         order=lru_cache(maxsize=4)(lambda epoch: dataset.order(config.seed, epoch, shuffle=config.data.shuffle)),
         left_out=len(examples) - len(told),
+        held_out=held_out,
     )
+
+
+def _held_out(examples: Sequence[Example | None], rows: SupervisedRows) -> list[Example]:
+    told = [each for each in examples if each is not None]
+    if not told:
+        raise DatasetError(f"{rows.dataset.source}: nothing that is learned is left within sft.max_length; raise it")
+    return told
 
 
 def _kept(dataset: PromptDataset, examples: Sequence[Example | None]) -> PromptDataset:
@@ -100,6 +120,12 @@ def notices(supervised: SupervisedSteps | None) -> list[str]:
         )
     if supervised.left_out:
         told.append(f"{supervised.left_out} rows are left out: nothing of them is learned within sft.max_length")
+    learned = {(each.prompt_ids, each.token_ids) for each in supervised.examples} if supervised.held_out else set()
+    if known := sum((each.prompt_ids, each.token_ids) in learned for each in supervised.held_out):
+        told.append(
+            f"{known} of {len(supervised.held_out)} held-out rows (sft.eval_dataset) are learned, too, so that their "
+            "loss says nothing of rows that are not; leave them out of one of both"
+        )
     return told
 
 
@@ -108,11 +134,13 @@ def describe(supervised: SupervisedSteps, tokenizer: Tokenizer) -> list[str]:
     first, count = supervised.examples[0], len(supervised.examples)
     tokens = sum(len(each.token_ids) - sum(b - a for a, b in each.observed) for each in supervised.examples)
     prompt, said = (tokenizer.decode(ids, skip_special_tokens=False) for ids in (first.prompt_ids, first.token_ids))
+    held_out = len(supervised.held_out)
     return [
         f"{count} row{'s' if count > 1 else ''} to learn from {supervised.dataset.source}, {supervised.steps} steps: "
         f"prompts of up to {supervised.longest_prompt} tokens, {tokens} tokens of completions, up to "
         f"{supervised.longest_completion}",
         f"the first one, as the model reads it: {_short(prompt)!r}, and as it learns it: {_short(said)!r}",
+        *([f"held out: the loss of {held_out} row{'s' if held_out > 1 else ''} is measured"] if held_out else []),
     ]
 
 

@@ -1,7 +1,7 @@
 """The teachers of a run: whether they can teach this policy, and what they take."""
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import msgspec
 
@@ -24,7 +24,7 @@ class LoadedTeacher(msgspec.Struct, frozen=True, kw_only=True):
     policy: Policy
     fingerprint: str
     shares_base: bool
-    """Whether its network is the base of the adapter that is trained."""
+    """Whether its network is the base of the adapter that is trained, or of a teacher before it."""
 
     def forward(self, temperature: float) -> TeacherForward:
         """What computes its log-probs."""
@@ -70,7 +70,8 @@ def check_teaching(config: RunConfig) -> None:
         return
     if not teacher.is_on:
         raise ConfigError(
-            "teacher.path is missing, and other keys of [teacher] are set; name the teacher, or none of them"
+            "teacher.path is missing, and other keys of [teacher] are set; name the teacher, or let the policy teach "
+            "itself by teacher.model_kind, or set none of them"
         )
     if config.task != "grpo":
         raise ConfigError(
@@ -92,13 +93,15 @@ def check_teaching(config: RunConfig) -> None:
 def teachers_of(config: TeacherConfig, student: Policy, rows: PromptDataset) -> LoadedTeachers | None:
     """Read the teachers; None where there is none. ModelError for one that cannot be read, ConfigError for one to which
     the policy's tokens mean something else, and for rows that name nobody who is there."""
-    if not config.is_on:
+    if not config.has_actor:
         return None
     paths = {"": config.path} if config.path is not None else {}
     paths |= {model.name: model.path for model in config.models}
     if config.models:
         _check_rows(config, paths, rows)
-    loaded = {name: _load(name, path, config, student) for name, path in paths.items()}
+    loaded: dict[str, LoadedTeacher] = {}
+    for name, path in paths.items():
+        loaded[name] = _load(name, path, config, student, [each.policy for each in loaded.values()])
     return LoadedTeachers(by_name=loaded, column=config.column)
 
 
@@ -118,10 +121,10 @@ def _check_rows(config: TeacherConfig, there: Collection[str], rows: PromptDatas
             )
 
 
-def _load(name: str, path: str, config: TeacherConfig, student: Policy) -> LoadedTeacher:
+def _load(name: str, path: str, config: TeacherConfig, student: Policy, others: Sequence[Policy]) -> LoadedTeacher:
     key = f"teacher.models: {name}" if name else "teacher.path"
     try:
-        policy, fingerprint = load_teacher(path, config.dtype, student)
+        policy, fingerprint = load_teacher(path, config.dtype, student, others)
         difference = student.tokenizer.differs_from(policy.tokenizer)
     except ModelError as error:
         raise ModelError(f"{key}: {error}") from None
@@ -130,5 +133,5 @@ def _load(name: str, path: str, config: TeacherConfig, student: Policy) -> Loade
             f"{key} is {path!r}, whose tokenizer is not that of {student.path}: {difference}; a teacher is asked about "
             "the policy's own tokens, so take one of the same family"
         )
-    shares = student.base.is_whole and policy.base.weights is student.base.weights
+    shares = any(known.base.is_whole and policy.base.weights is known.base.weights for known in (student, *others))
     return LoadedTeacher(policy=policy, fingerprint=fingerprint, shares_base=shares)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from troupe.policy import Adapter, NetworkConfig, fused_copy_bytes, parameter_count
+from troupe.policy import Adapter, MicroBatch, NetworkConfig, fused_copy_bytes, parameter_count
 from troupe.policy.adapter.modules import adapter_parameter_count, adapter_shapes
 from troupe.policy.decode.memory import decoding_adapter_bytes
 
@@ -18,7 +18,7 @@ class TeacherWork(NamedTuple):
     adapter: Adapter | None
     """Beside the network."""
     shares_base: bool
-    """Whether the network is the base of the policy's own adapter."""
+    """Whether the network is the base of the policy's own adapter, or of a teacher before it."""
 
 
 class SupervisedRowSizes(NamedTuple):
@@ -28,6 +28,8 @@ class SupervisedRowSizes(NamedTuple):
     longest_completion: int
     longest_history: int
     """Of the prompts that rows begin with amid a completion; 0: there are none."""
+    held_out: tuple[MicroBatch, ...] = ()
+    """The largest pieces of rows that are measured alone; empty: there are none."""
 
 
 class Workload(NamedTuple):
@@ -53,6 +55,8 @@ class Workload(NamedTuple):
     """Processes of the generator that share the memory of rank 0, where others do not; the plan is that of its card,
     which has the most."""
     teachers: tuple[TeacherWork, ...] = ()
+    longest_demonstrated: int = 0
+    """Tokens of the longest prompt that the policy sees as its own teacher; 0: it is none."""
     supervised: SupervisedRowSizes | None = None
     """None: all is sampled."""
     evaluates: int = 0

@@ -14,6 +14,7 @@ import pytest
 from tests.records.compare.runs import evaluated
 from tests.records.compare.runs import make_run as make_asked
 from tests.records.report.folders import Clock, finish, make_run, write_steps
+from troupe.cli.runs import show_runs
 from troupe.errors import InputError
 from troupe.records.compare.listing import ListedRun, find_runs, list_run
 
@@ -52,6 +53,15 @@ def test_what_a_run_that_evaluates_came_to_and_what_ails_it(tmp_path: Path) -> N
     assert run.state == "crashed", "its store says that it had begun"
     assert (run.held_out_metric, run.held_out) == ("eval/sums/avg@2", (0.25, 0.5))
     assert run.findings == ("cut",)
+
+
+def test_where_there_is_a_teacher_its_divergence_is_told(tmp_path: Path) -> None:
+    make_asked(tmp_path / "it", [0.1, 0.2], evaluations=[], metrics={"teacher/kl": 0.125})
+    run = list_run(tmp_path / "it", "it")
+    assert run.teacher_kl == (0.125, 0.125)
+    assert any("0.125 → 0.125" in line for line in show_runs([run], 500, 0.0))
+    without = ListedRun(name="a", folder="a", state="finished")
+    assert ["teacher KL" in show_runs(runs, 500, 0.0)[0] for runs in ([run], [without])] == [True, False]
 
 
 def test_time_between_two_starts_does_not_count(tmp_path: Path) -> None:

@@ -160,6 +160,13 @@ def test_groups_of_equal_rewards_have_signal_where_a_teacher_is_learned_from(coe
     assert [finding.rule for finding in findings] == found
 
 
+@pytest.mark.parametrize(("coef", "found"), [(1.0, ["reward_down"]), (0.0, [])])
+def test_a_reward_that_is_not_learned_from_may_fall(coef: float, found: list[str]) -> None:
+    config = CONFIG | {"teacher": {"path": "teacher", "reward_coef": coef}}
+    findings = watched(*falling_ill(SICK["reward_down"][0]), config=config).all_findings
+    assert [finding.rule for finding in findings] == found
+
+
 @pytest.mark.parametrize("rule", ["reward_down", "lengths", "entropy_explosion"])
 def test_rows_that_get_harder_are_no_sickness(rule: str) -> None:
     harder = falling_ill(SICK[rule][0])

@@ -28,6 +28,7 @@ from tests.support.runs import (
 )
 from troupe import RunConfig, Supervisor
 from troupe.cli.demo import DEMO_CONFIG
+from troupe.errors import DatasetError
 from troupe.policy import load_policy
 from troupe.run.memory import peak_bytes
 from troupe.run.prepare import prepare
@@ -82,6 +83,32 @@ def test_a_run_that_is_resumed_has_the_same_bits(tmp_path: Path, tiny_model: Pat
     assert troupe.train(again, resume=True).steps == 4
     assert same_bits(policy_of(tmp_path / "again" / "run"), policy_of(whole.folder))
     assert list(map(timeless, lines(tmp_path / "again" / "run"))) == list(map(timeless, lines(whole.folder)))
+
+
+def test_held_out_rows_are_measured_with_the_same_bits_after_a_resume(tmp_path: Path, tiny_model: Path) -> None:
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", [{"prompt": f"{a}-1=", "completion": str(a)} for a in range(5)])
+    settings: dict[str, Any] = {
+        "sft__eval_dataset": str(held_out),
+        "sft__eval_steps": 3,
+        "checkpoint__every": 1,
+        "learner__max_steps": 8,
+        "learner__lr": 1e-3,
+    }
+    plain = troupe.train(sft_config(tiny_model, tmp_path / "plain", learner__max_steps=8, learner__lr=1e-3))
+    whole = troupe.train(sft_config(tiny_model, tmp_path / "whole", **settings))
+    assert same_bits(policy_of(whole.folder), policy_of(plain.folder))
+    told = {at: line["eval_loss"] for at, line in enumerate(lines(whole.folder), 1) if "eval_loss" in line}
+    assert list(told) == [3, 6, 8]
+    again = sft_config(tiny_model, tmp_path / "again", **settings)
+    anyio.run(cut_after, again, 5)
+    assert troupe.train(again, resume=True).steps == 8
+    assert list(map(timeless, lines(tmp_path / "again" / "run"))) == list(map(timeless, lines(whole.folder)))
+    best = min(told, key=lambda step: told[step])
+    status = done("status", whole.folder)
+    assert f"loss {told[8]:.4f} at step 8, best {told[best]:.4f} at step {best}" in status
+    held_out.write_text('{"prompt": "1"}\n', encoding="utf-8")
+    with pytest.raises(DatasetError, match=r'held_out\.jsonl:1: .*has no "completion"'):
+        prepare(sft_config(tiny_model, tmp_path / "wrong", **settings))
 
 
 @pytest.mark.slow
@@ -142,6 +169,14 @@ def test_the_command_says_what_is_missing(desk: Path) -> None:
     assert "17 rows to learn from" in plan
     assert "1 of 17 rows are longer than sft.max_length" in plan
     assert "1 rows are left out" in plan
+    plan = done("sft", "-m", "m", "-d", "rows.jsonl", "--eval-dataset", "rows.jsonl", "--eval-steps", "5", "--dry-run")
+    assert "the loss of 16 rows is measured" in plan
+    assert "16 of 16 held-out rows (sft.eval_dataset) are learned, too" in plan
+    assert "held-out rows" in plan.partition("memory at the most")[2].partition("\n")[0]
+    assert "sft.eval_dataset names no held-out rows" in refused(
+        "sft", "-m", "m", "-d", "rows.jsonl", "--eval-steps", "5"
+    )
+    assert "no step is supervised" in refused("train", "-m", "m", "--set", "sft.eval_dataset='rows.jsonl'")
     plan = done("sft", "-m", "m", "-d", "rows.jsonl", "--dry-run")
     assert "16 rows to learn from" in plan
     assert "rewards" not in plan.partition("task =")[0]
@@ -212,10 +247,12 @@ def test_a_killed_warm_start_goes_on_as_if_nothing_had_happened(tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_memory_stays_below_what_was_planned(tmp_path: Path, mlx_waits: None) -> None:
+@pytest.mark.parametrize("held_out", [0, 400])
+def test_memory_stays_below_what_was_planned(tmp_path: Path, mlx_waits: None, held_out: int) -> None:
     """Rows of full length."""
     row = {"prompt": "1" * 30, "completion": "2" * 33}
     path = write_jsonl(tmp_path / "rows.jsonl", [row] * 8)
+    sft = {"eval_dataset": str(write_jsonl(tmp_path / "held_out.jsonl", [row] * held_out))} if held_out else {}
     config = troupe.load_config(
         None,
         [
@@ -224,6 +261,7 @@ def test_memory_stays_below_what_was_planned(tmp_path: Path, mlx_waits: None) ->
                 "output": str(tmp_path / "run"),
                 "model": {"path": str(DEMO_CONFIG.parent / "policy")},
                 "data": {"path": str(path)},
+                "sft": sft,
                 "learner": {"batch_size": 8, "max_steps": 4},
                 "metrics": {"sinks": ["jsonl"]},
                 "schedule": {"blas_threads": 1, "learner_streams": 1},

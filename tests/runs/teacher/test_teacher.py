@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,10 @@ from tests.support.games import acting, write_player
 from tests.support.runs import STORED, column, lines, policy_of, timeless
 from tests.support.straight import run_straight
 from tests.support.tiny import write_tiny_model
-from troupe import RunConfig
+from troupe import RunConfig, load_config
 from troupe.checkpoint import list_checkpoints, load_checkpoint
 from troupe.cli.train import describe_plan
-from troupe.errors import CheckpointError, ConfigError
+from troupe.errors import CheckpointError, ConfigError, ModelError
 from troupe.run.prepare import prepare
 from troupe.runtime import linux_cpu
 
@@ -189,6 +190,59 @@ def test_a_teacher_of_other_tokens_is_refused_with_the_first_that_differs(tmp_pa
     (other / "tokenizer.json").write_text(json.dumps(table), encoding="utf-8")
     with pytest.raises(ConfigError, match="id 97 stands for b'a' here, and stands for b'b' there"):
         troupe.train(config_of(ragged_model, tmp_path, other), [weigh_ids])
+
+
+def test_a_run_without_a_final_policy_is_no_teacher_yet(tmp_path: Path, ragged_model: Path) -> None:
+    begun = tmp_path / "begun"
+    (begun / "checkpoints").mkdir(parents=True)
+    (begun / "run.toml").write_text("", encoding="utf-8")
+    with pytest.raises(ModelError, match=r"^teacher\.path: .*begun: the run in this folder has no final policy yet"):
+        load_config(None, [{"teacher": {"path": str(begun)}}])
+    models = [{"name": "maths", "path": str(begun)}]
+    with pytest.raises(ModelError, match=r"^teacher\.models: .*has no final policy yet"):
+        load_config(None, [{"teacher": {"models": models}}])
+
+
+@SLOW
+def test_two_adapters_of_one_base_that_is_not_the_policys_load_it_once(tmp_path: Path) -> None:
+    base, student = write_base(tmp_path / "base"), write_base(tmp_path / "student")
+    table = json.loads((student / "config.json").read_text(encoding="utf-8"))
+    (student / "config.json").write_text(json.dumps(table | {"rope_theta": 5000.0}), encoding="utf-8")
+    models = []
+    for seed in (1, 2):
+        config = tiny_config(base, tmp_path / str(seed), **STORED | LORA, seed=seed)
+        models.append({"name": str(seed), "path": str(Path(troupe.train(config, [weigh_ids]).folder) / "final")})
+    config = several(
+        tmp_path, student, base, ["1", "2"], teacher__models=models, learner__max_steps=1, learner__batch_size=2
+    )
+    teachers = prepare(config, [weigh_ids]).inputs.teachers
+    assert teachers is not None
+    assert [work.shares_base for work in teachers.works] == [False, True]
+    first, second = (each.policy for each in teachers.by_name.values())
+    assert first.base.weights is second.base.weights
+    assert not same_bits(first.weights, second.weights)
+    assert troupe.train(config, [weigh_ids]).incidents == {}
+
+
+@SLOW
+def test_a_teacher_that_was_moved_is_the_same_teacher(tmp_path: Path, ragged_model: Path, teacher: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    shutil.copytree(teacher, here)
+    settings = STALE | {"checkpoint__every": 1}
+    whole = Path(troupe.train(config_of(ragged_model, tmp_path / "whole", here, **settings), [weigh_ids]).folder)
+    here.rename(there)
+    cut = cut_back(whole, 2, tmp_path / "cut")
+    write_tiny_model(tmp_path / "another", RAGGED, seed=9)
+    other = config_of(ragged_model, cut, tmp_path / "another", **settings)
+    with pytest.raises(CheckpointError, match="has learned from another teacher"):
+        troupe.train(other, [weigh_ids], resume=True)
+    told = prepare(other, [weigh_ids], resume=True, allow_changes=["teacher.path"]).notices
+    assert any("teacher.path" in notice and "as allowed" in notice for notice in told)
+    rest = config_of(ragged_model, cut, there, **settings)
+    told = prepare(rest, [weigh_ids], resume=True).notices
+    assert not any("teacher.path" in notice or "sampled once more" in notice for notice in told)
+    assert troupe.train(rest, [weigh_ids], resume=True).steps == 4
+    assert same_bits(policy_of(cut / "run"), policy_of(whole))
 
 
 @SLOW

@@ -25,7 +25,7 @@ from troupe.grpo import Batch, LearnerConfig, distilled_advantages, make_batch, 
 from troupe.messages import Rollout, ScoredGroup
 from troupe.policy import CompletedGroup, NetworkConfig, Weights, completion_gradients, completion_statistics
 from troupe.policy.adapter.base import Base
-from troupe.policy.gradient.backward import Chunk
+from troupe.policy.gradient.backward import Chunk, completion_margins
 from troupe.policy.network.dropout import Dropout, completion_key, prompt_key, token_keys
 from troupe.policy.network.routes import Given, Routes, rows_of_tokens
 
@@ -70,6 +70,9 @@ class CompletionLogProbs:
     temperature: float
     recompute: bool = False
     entropy_gradient: bool = True
+    margins: bool = False
+    """Give the loss of a gradient a third argument: how far each token lies below the likeliest, (B, T), 0 for that
+    itself."""
     base: Base = field(default_factory=Base)
     """What the weights complete; empty: they are the whole network."""
     seed: int = 0
@@ -91,11 +94,16 @@ class CompletionLogProbs:
         network, rows = self.base.completed(self.config, weights), (batch.prompts, batch.completions)
         return completion_statistics(self.config, network, *rows, self.temperature, routes=routes)
 
+    def with_margins(self, weights: Weights, batch: Batch) -> tuple[mx.array, mx.array]:
+        """Log-probs at temperature 1, and margins, (B, T) each."""
+        network = self.base.completed(self.config, weights)
+        return completion_margins(self.config, network, batch.prompts, batch.completions)
+
     def gradients(
         self,
         weights: Weights,
         batch: Batch,
-        loss: Callable[[mx.array, mx.array], tuple[mx.array, Extra]],
+        loss: Callable[..., tuple[mx.array, Extra]],
         routes: Routes | None = None,
     ) -> Generator[Chunk, None, tuple[mx.array, Extra]]:
         """The gradients of `loss` by the weights, backwards through the network by hand."""
@@ -105,10 +113,11 @@ class CompletionLogProbs:
             network,
             batch.prompts,
             batch.completions,
-            lambda statistics: loss(*statistics),
+            lambda statistics, *margins: loss(*statistics, *margins),
             self.temperature,
             recompute=self.recompute,
             entropy_gradient=self.entropy_gradient,
+            margins=self.margins,
             of_base=not self.base.is_whole,
             dropout=self._dropout(batch),
             routes=routes,

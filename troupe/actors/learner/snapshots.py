@@ -23,21 +23,23 @@ class Snapshots:
         every: int,
         beside_learning: bool = True,
         with_reference: bool = False,
+        with_average: bool = False,
         open_groups: OpenGroups,
         recorded: Mapping[int, ScoredGroup],
         next_prompt: Callable[[], int] = lambda: 0,
         curriculum: Curriculum | None = None,
     ) -> None:
         """`beside_learning`: a step is learned while a checkpoint is written. `with_reference`: the reference follows
-        the policy. `open_groups`: shared with who begins them. `recorded`: gid → groups that had their scores when the
-        run was resumed and have not come to the learner yet. `next_prompt`: number of the prompt that will be begun
-        next. `curriculum`: chooses the rows of steps to come."""
+        the policy; `with_average`: so does that by which it teaches itself. `open_groups`: shared with who begins them.
+        `recorded`: gid → groups that had their scores when the run was resumed and have not come to the learner yet.
+        `next_prompt`: number of the prompt that will be begun next. `curriculum`: chooses the rows of steps to come."""
         self.every = every
         """Steps from one snapshot to the next."""
         self.beside_learning = beside_learning
         self.open_groups = open_groups
         self.curriculum = curriculum
         self._with_reference = with_reference
+        self._with_average = with_average
         self._recorded = recorded
         self._next_prompt = next_prompt
         self._sums: dict[str, tuple[float, int]] = {}
@@ -81,6 +83,7 @@ class Snapshots:
             optimizer_state=dict(state.optimizer_state),  # its own: the next step takes the learner's apart
             behind={version: weights for version, weights in published.items() if version < state.version},
             reference=state.reference if self._with_reference else None,
+            average=state.average if self._with_average else None,
             num_tokens=state.num_tokens,
             skipped_in_a_row=state.skipped_in_a_row,
             metrics={name: mean for name, mean in means.items() if math.isfinite(mean)},

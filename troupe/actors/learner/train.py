@@ -16,10 +16,12 @@ import msgspec
 
 from troupe.actors.learner.batch import Assembled, CompletionLogProbs, assemble, assemble_given
 from troupe.actors.learner.gathering import StepGroups, gid_of
+from troupe.actors.learner.held_out import HeldOutRows
 from troupe.actors.learner.measures import num_tokens
 from troupe.actors.learner.rollouts import length_statistics
 from troupe.actors.learner.scores import group_statistics, has_signal, spread_statistics
 from troupe.actors.learner.token_figures import Watched
+from troupe.actors.teacher.own import OwnTeacher, first_average
 from troupe.actors.teacher.settings import TeacherConfig
 from troupe.grpo import Batch, LearnerConfig, StepResult, learning_rate, sync_reference, train_on_batch
 from troupe.grpo.log_probs import PolicyLogProbs
@@ -42,6 +44,8 @@ class LearnerState(msgspec.Struct, frozen=True, kw_only=True):
     """Belongs to the learner alone: a step takes it apart."""
     reference: Weights | None = None
     """The reference policy; None where beta is 0."""
+    average: Weights | None = None
+    """By which the policy teaches itself; None where it does not, or does so by its weights of now."""
     num_tokens: int = 0
     """Prompt and completion tokens of the run so far."""
     skipped_in_a_row: int = 0
@@ -130,9 +134,13 @@ class BatchTrainer:
         """That learn a batch together."""
         self.supervision: Supervision | None = None
         """Of the first steps."""
+        self.held_out: HeldOutRows | None = None
+        """What is measured between supervised steps."""
         self.watched: Watched | None = None
         self.teacher: TeacherConfig | None = None
         """By which the teacher's log-probs count; None: there is no teacher."""
+        self.own_teacher: OwnTeacher | None = None
+        """The policy, where it teaches itself."""
         self.told: Callable[[int, Batch | None, Sequence[float]], None] = lambda version, batch, rates: None
         """Called with every step before it is learned: the version that it begins with, and learning rates."""
 
@@ -182,12 +190,19 @@ class BatchTrainer:
             if is_supervised:
                 assembled = assemble_given(trained, pad_id=self._pad_id)
             else:
-                assembled = self.assemble(trained, step.oldest if step.drops_stale else None)
+                taught = self._taught(state, trained)
+                if taught is not trained:
+                    end_part("teach")
+                assembled = self.assemble(taught, step.oldest if step.drops_stale else None)
             batch = assembled.batch
             advantages = dict(zip(map(gid_of, trained), assembled.advantages, strict=not is_supervised))
             metrics = {**assembled.metrics, **metrics}
         self.told(state.version, batch, self.learning_rates(state.version))
         state, of_result = self.advance(state, batch, end_part)
+        if is_supervised and self.held_out is not None and self.held_out.is_due(state.version, self._supervised):
+            with blas_limited(1 if self._streams else None):
+                of_result |= self.held_out.measure(state.weights, self._log_probs)
+            end_part("held out")
         state = msgspec.structs.replace(state, num_tokens=state.num_tokens + num_tokens(step.groups))
         if self.watched is not None and not is_supervised:
             figures = self.watched.collect(trained)
@@ -208,6 +223,7 @@ class BatchTrainer:
             weights=weights,
             optimizer_state=optimizer_state,
             reference=self._followed(state, weights),
+            average=self._averaged(state, weights),
             num_tokens=state.num_tokens,
             skipped_in_a_row=skipped_in_a_row,
         )
@@ -220,7 +236,8 @@ class BatchTrainer:
         optimizer_state = begun_again(state.optimizer_state)
         mx.eval(optimizer_state)
         reference = None if state.reference is None else state.weights
-        return msgspec.structs.replace(state, optimizer_state=optimizer_state, reference=reference)
+        average = None if self.own_teacher is None else first_average(self.own_teacher.settings, state.weights)
+        return msgspec.structs.replace(state, optimizer_state=optimizer_state, reference=reference, average=average)
 
     def describe(self, step: StepGroups) -> dict[str, float]:
         """Rewards and completions of all groups with scores, also those left out of the batch."""
@@ -257,7 +274,7 @@ class BatchTrainer:
         log_probs: PolicyLogProbs = self.watched or self._log_probs
         if self.supervision is not None and self.is_supervised(state.version):
             config, longest = self.supervision.config(config), self.supervision.max_completion_length
-            log_probs = dataclasses.replace(self._log_probs, temperature=1.0, entropy_gradient=False)
+            log_probs = dataclasses.replace(self._log_probs, temperature=1.0, entropy_gradient=False, margins=True)
         with blas_limited(1 if self._streams else None):
             return train_on_batch(
                 state.weights,
@@ -295,8 +312,25 @@ class BatchTrainer:
         config, reference = self.config, state.reference
         if reference is None or not config.sync_ref_model or self.is_supervised(state.version):
             return reference
-        before = (state.version - self._supervised) * config.num_iterations
-        due = (before + config.num_iterations) // config.ref_model_sync_steps - before // config.ref_model_sync_steps
-        for _ in range(due):
+        before, after = self._updates(state.version)
+        for _ in range(after // config.ref_model_sync_steps - before // config.ref_model_sync_steps):
             reference = sync_reference(reference, weights, config.ref_model_mixup_alpha)
         return reference
+
+    def _updates(self, version: int) -> tuple[int, int]:
+        """How many there were before the step after a version, and after it, skipped ones included."""
+        before = (version - self._supervised) * self.config.num_iterations
+        return before, before + self.config.num_iterations
+
+    def _taught(self, state: LearnerState, groups: Sequence[ScoredGroup]) -> Sequence[ScoredGroup]:
+        """The groups as they are, or with what the policy says of them as its own teacher."""
+        if self.own_teacher is None:
+            return groups
+        with blas_limited(1 if self._streams else None):
+            return self.own_teacher.taught(groups, state.average, state.weights)
+
+    def _averaged(self, state: LearnerState, weights: Weights) -> Weights | None:
+        """The average after the step, synchronized as the reference is."""
+        if self.own_teacher is None or self.is_supervised(state.version):
+            return state.average
+        return self.own_teacher.followed(state.average, weights, *self._updates(state.version))

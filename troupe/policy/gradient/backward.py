@@ -28,7 +28,7 @@ from troupe.policy.network.forward import (
     hidden_states,
     normalized,
 )
-from troupe.policy.network.head import TokenStatistics, head_backward, head_forward, sum_by_id, token_statistics
+from troupe.policy.network.head import TokenStatistics, head_backward, head_forward, result, sum_by_id, token_statistics
 from troupe.policy.network.packing import Packing
 from troupe.policy.network.rotation import Rotations
 from troupe.policy.network.routes import Routes
@@ -74,16 +74,28 @@ def completion_statistics(
     return TokenStatistics(packing.in_rows(log_probs), packing.in_rows(entropies))
 
 
+def completion_margins(
+    config: NetworkConfig, weights: Weights, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+) -> tuple[mx.array, mx.array]:
+    """Log-probabilities and margins (`head_forward`) of R completions, float32 (R, T), at temperature 1 and else as
+    `completion_statistics` has them; not differentiable."""
+    packing = Packing(prompts, completions)
+    hidden = packing.sources(hidden_states(config, weights, packing.ids[None], attention=packing).squeeze(0))
+    log_probs, _, _, margins = result(head_forward(hidden, head_of(config, weights), packing.targets, 1.0))
+    return packing.in_rows(log_probs), packing.in_rows(margins)
+
+
 def completion_gradients(
     config: NetworkConfig,
     weights: Weights,
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
-    loss: Callable[[TokenStatistics], tuple[mx.array, Extra]],
+    loss: Callable[..., tuple[mx.array, Extra]],
     temperature: float = 1.0,
     *,
     recompute: bool = False,
     entropy_gradient: bool = True,
+    margins: bool = False,
     of_base: bool = True,
     dropout: Dropout | None = None,
     routes: Routes | None = None,
@@ -92,7 +104,8 @@ def completion_gradients(
     """Chunks of the work, with the gradients by the weights, each once; returns the loss and whatever it gives besides.
 
     The arrays of a chunk are to be begun when it comes, and to be there before the chunk after the next is asked for.
-    `loss` maps what `completion_statistics` gives of the same arguments to a scalar and arrays besides. With
+    `loss` maps what `completion_statistics` gives of the same arguments, and with `margins` those of `head_forward`,
+    (R, T), in a second argument, to a scalar and arrays besides. With
     `recompute` only the input of each layer is kept. Without `entropy_gradient` entropies are constants; without
     `of_base` only adapters beside matrices are trained. `dropout`, `routes`: of the packed tokens; a loss that balances
     experts counts in the gradients alone. Not `deterministic`: sums may have another order each time.
@@ -112,9 +125,7 @@ def completion_gradients(
         del inside
         x = y
 
-    def of_rows(log_probs: mx.array, entropies: mx.array) -> tuple[mx.array, Extra]:
-        return loss(TokenStatistics(log_probs, entropies if entropy_gradient else mx.stop_gradient(entropies)))
-
+    of_rows = _of_rows(loss, entropy_gradient=entropy_gradient, margins=margins)
     value, x_grad, norm_grad, head_grad = yield from _through_head(
         config, weights, packing, x, of_rows, temperature, entropy_gradient=entropy_gradient, of_base=of_base
     )
@@ -136,12 +147,24 @@ def completion_gradients(
     return value
 
 
+def _of_rows(
+    loss: Callable[..., tuple[mx.array, Extra]], *, entropy_gradient: bool, margins: bool
+) -> Callable[[mx.array, mx.array, mx.array], tuple[mx.array, Extra]]:
+    """The loss of log-probs, entropies and margins, as `completion_gradients` is told to give it these."""
+
+    def of_rows(log_probs: mx.array, entropies: mx.array, far: mx.array) -> tuple[mx.array, Extra]:
+        statistics = TokenStatistics(log_probs, entropies if entropy_gradient else mx.stop_gradient(entropies))
+        return loss(statistics, far) if margins else loss(statistics)
+
+    return of_rows
+
+
 def _through_head(
     config: NetworkConfig,
     weights: Weights,
     packing: Packing,
     x: mx.array,
-    loss: Callable[[mx.array, mx.array], tuple[mx.array, Extra]],
+    loss: Callable[[mx.array, mx.array, mx.array], tuple[mx.array, Extra]],
     temperature: float,
     *,
     entropy_gradient: bool,
@@ -156,7 +179,7 @@ def _through_head(
     norm, head = weights[FINAL_NORM], head_of(config, weights)
     hidden = sources(x, norm)
     outputs = yield from _one_by_one(head_forward(hidden, head, packing.targets, temperature))
-    rows = [packing.in_rows(outputs[0]), packing.in_rows(outputs[1])]
+    rows = [packing.in_rows(outputs[i]) for i in (0, 1, 3)]
     value, cotangents = mx.value_and_grad(loss, argnums=(0, 1))(*rows)
     of_targets = [mx.vjp(packing.in_rows, [outputs[0]], [grad])[1][0] for grad in cotangents]
     of_outputs = of_targets[0], of_targets[1] if entropy_gradient else None
@@ -173,8 +196,8 @@ def _one_by_one(blocks: Generator[tuple[mx.array, ...], None, Extra]) -> Generat
         try:
             block = next(blocks)
         except StopIteration as end:
-            result: Extra = end.value
-            return result
+            value: Extra = end.value
+            return value
         yield block, {}
         del block
         yield (), {}

@@ -53,7 +53,7 @@ def token_statistics(hidden: mx.array, head: Linear, targets: mx.array, temperat
         hidden_grad, head_grad = result(blocks)
         return hidden_grad, mx.zeros_like(weight) if head_grad is None else head_grad
 
-    log_probs, entropies, _ = cast("tuple[mx.array, ...]", statistics(hidden, head.weight))
+    log_probs, entropies, *_ = cast("tuple[mx.array, ...]", statistics(hidden, head.weight))
     return TokenStatistics(log_probs, entropies)
 
 
@@ -69,15 +69,18 @@ def result(blocks: Generator[Any, None, Result]) -> Result:
 
 def head_forward(
     hidden: mx.array, head: Linear, targets: mx.array, temperature: float
-) -> Generator[tuple[mx.array, ...], None, tuple[mx.array, mx.array, mx.array]]:
-    """Returns log-probabilities, entropies and log Σ e^ℓ of M tokens, (M,) each; arguments as for `token_statistics`.
+) -> Generator[tuple[mx.array, ...], None, tuple[mx.array, mx.array, mx.array, mx.array]]:
+    """Returns log-probabilities, entropies, log Σ e^ℓ and margins of M tokens, (M,) each; arguments as for
+    `token_statistics`. A margin is how far a token's logit lies below the largest: 0 where none is likelier, else less.
 
     Yields what each block of the vocabulary comes to: who waits for one before the next bounds the memory, whatever
     MLX does; not within a gradient.
     """
     scale = 1.0 / temperature
     chosen = mx.zeros(hidden.shape[0])
-    normalizer = entropies = mx.array(-math.inf)  # log Σ e^ℓ over the blocks so far, and the entropies within them
+    best = normalizer = entropies = mx.array(
+        -math.inf
+    )  # log Σ e^ℓ over the blocks so far, and the entropies within them
     for block in _blocks(head.size, hidden.shape[0]):
         logits = head.rows(block)(hidden)
         peak = mx.max(logits, axis=-1).astype(mx.float32) * scale
@@ -86,6 +89,7 @@ def head_forward(
         log_total = mx.log(total)
         block_entropies, block_normalizer = log_total - mx.sum(weighted, axis=-1) / total, peak + log_total
         chosen = mx.where(_is_in(targets, block), _pick(logits, targets, block) * scale, chosen)
+        best = mx.maximum(best, peak)
         if block.start == 0:
             normalizer, entropies = block_normalizer, block_entropies
         else:
@@ -95,7 +99,7 @@ def head_forward(
             normalizer = joint
         hidden = mx.depends(hidden, [chosen, normalizer, entropies])  # one block after the other
         yield chosen, normalizer, entropies
-    return chosen - normalizer, entropies, normalizer
+    return chosen - normalizer, entropies, normalizer, chosen - best
 
 
 def head_backward(
@@ -115,7 +119,7 @@ def head_backward(
     constants, spares a third of the work; a head that is not trained another.
     """
     scale = 1.0 / temperature
-    log_probs, entropies, normalizer = (x[:, None] for x in outputs)
+    log_probs, entropies, normalizer = (x[:, None] for x in outputs[:3])
     of_log_probs, of_entropies = (None if x is None else x[:, None] * scale for x in cotangents)
     assert of_log_probs is not None
     rest = -mx.expm1(log_probs)  # 1 − p of the target, precisely

@@ -59,6 +59,8 @@ class ListedRun(msgspec.Struct, frozen=True, kw_only=True):
     """On rows that are not trained on, by the first and by the newest evaluation: the first set's `held_out_metric`."""
     held_out_metric: str | None = None
     """`eval/SET/FIGURE`."""
+    teacher_kl: Ends = (None, None)
+    """Nats a token, where a teacher is learned from."""
     findings: tuple[str, ...] = ()
     """The rules of the diagnosis that hold at the newest step."""
     began_unix_s: float | None = None
@@ -132,6 +134,7 @@ def list_run(folder: Path, name: str) -> ListedRun:
         trend=ends.rewards,
         held_out=held_out,
         held_out_metric=metric,
+        teacher_kl=(ends.first.get("teacher/kl"), ends.newest.get("teacher/kl")),
         findings=tuple(
             name.removeprefix(_RULE) for name, held in ends.newest.items() if name.startswith(_RULE) and held
         ),

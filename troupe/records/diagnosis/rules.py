@@ -117,7 +117,7 @@ def _is_below(one: Evaluation, best: Evaluation) -> bool:
 
 def _reward_down(of: History) -> Found | None:
     now, start = of.mean("reward"), of.start("reward")
-    if now is None or start is None or _has_curriculum(of):
+    if now is None or start is None or _has_curriculum(of) or _ignores_rewards(of):
         return None
     best = max(of.peak("reward") or start, start)
     if best - now <= LOST * (of.peak("reward_std") or 0.0) + _chance(of):
@@ -246,7 +246,7 @@ def _has_curriculum(of: History) -> bool:
 
 def _is_taught(of: History) -> bool:
     """Whether a teacher is learned from, too, who tells completions of equal rewards apart."""
-    is_there = bool(of.setting("teacher.path") or of.setting("teacher.models"))
+    is_there = any(of.setting(f"teacher.{key}") for key in ("path", "models", "model_kind"))
     return is_there and of.setting("teacher.coef", 1.0) > 0.0
 
 

@@ -16,6 +16,8 @@ _MOST_LINES = 6
 """In one chart of rewards; more make another chart."""
 _MOST_NAMED = 8
 """Lines of a chart that whatever has a name adds to."""
+_OF_SOME_STEPS = "eval_"
+"""What metrics begin with that only some steps have."""
 _PARTS = ChartSpec("Reward", "Parts of the reward", "Mean score of each reward function, not weighted.", least=None)
 _HELD_OUT = "Held-out rows"
 _ABOUT_SETS = "By the steps that the policy had learned from; bars are standard errors."
@@ -167,7 +169,8 @@ def _bands(run: RunPicture, spec: ChartSpec, middle: Values) -> Iterator[Band]:
 
 def _line(run: RunPicture, metric: str, name: str, *, band: bool = False) -> Line:
     curve = run.metrics.curves[metric]
-    return Line(name=name, mean=curve.mean, bands=((curve.low, curve.high),) if band and curve.low else ())
+    bands = ((curve.low, curve.high),) if band and curve.low else ()
+    return Line(name=name, mean=curve.mean, bands=bands, points=metric.startswith(_OF_SOME_STEPS))
 
 
 def _has(run: RunPicture, metric: str) -> bool:

@@ -71,8 +71,8 @@ def _draw(axes: Any, steps: Sequence[int], chart: Chart) -> None:
         for band in line.bands:
             low, high = ([_or_gap(value) for value in edge] for edge in band)
             axes.fill_between(steps, low, high, color=colour, alpha=0.14, linewidth=0)
-        smooth = chart.spec.smooth and len(y) >= _ENOUGH_TO_SMOOTH
-        marker = "o" if len(y) == 1 else None
+        smooth = chart.spec.smooth and not line.points and len(y) >= _ENOUGH_TO_SMOOTH
+        marker = "o" if len(y) == 1 or line.points else None
         axes.plot(
             steps, y, color=colour, linewidth=1.0 if smooth else 1.6, alpha=0.35 if smooth else 1.0, marker=marker,
             label=None if smooth else _plain(line.name),

@@ -172,6 +172,14 @@ class StoredRun:
         told = ((step, _FIGURES.decode(metrics).get(metric)) for step, metrics in rows)
         return [(step, value) for step, value in told if value is not None]
 
+    def all_values(self, metric: str) -> list[tuple[int, float]]:
+        """(step, value) of every step that has a figure."""
+        found = self._connection.execute(
+            "SELECT step, metrics FROM steps WHERE instr(metrics, ?) ORDER BY step", (f'"{metric}"',)
+        )
+        told = ((step, _FIGURES.decode(metrics).get(metric)) for step, metrics in found)
+        return [(step, value) for step, value in told if value is not None]
+
     def newest_incidents(self, count: int) -> list[StoredIncident]:
         """At most `count`, the newest first; those that are alike are one."""
         rows = self._connection.execute(

@@ -47,6 +47,8 @@ RULES: dict[str, Rule] = {
     "data.chat_template_kwargs": "by name",
     "data.chat_template_date": "by name",
     "sft.completion_column": "never",  # as above
+    "sft.eval_dataset": "free",
+    "sft.eval_steps": "free",
     "sft.*": "by name",
     "warm_start.path": "never",  # as above
     "warm_start.steps": "never",

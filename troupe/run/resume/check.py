@@ -64,6 +64,7 @@ SETTLED_BY_CONTENTS = (
     "data.answer_column",
     "data.system_prompt",
 )
+_TEACHERS = ("teacher.path", "teacher.models")
 _SAMPLED = re.compile(
     r"generation\..+|data\..+|rewards\.functions|teacher\.(path|models|column|dtype)|environment\..+|curriculum\.enabled"
 )
@@ -127,12 +128,31 @@ class Resumption(msgspec.Struct, frozen=True, kw_only=True):
         refused = [
             d
             for d in found
-            if (d.rule == "never" and d.key not in SETTLED_BY_CONTENTS)
-            or (d.rule == "by name" and not {self._flag(d), *([MACHINE] if d in self.machine else [])} & self.allowed)
+            if not self.is_settled_later(d) and (d.rule == "never" or (d.rule == "by name" and not self._allows(d)))
         ]
         if refused:
             raise CheckpointError(self.refusal(refused))
         return msgspec.structs.replace(self, differences=tuple(found))
+
+    def _allows(self, difference: Difference) -> bool:
+        names = {self._flag(difference), *([MACHINE] if difference in self.machine else [])}
+        return bool(names & self.allowed)
+
+    def is_settled_later(self, difference: Difference) -> bool:
+        """Whether what lies in two places tells if anything differs."""
+        return difference.key in SETTLED_BY_CONTENTS or (self.moves_teacher and difference.key in _TEACHERS)
+
+    def hangs_on_contents(self, difference: Difference) -> bool:
+        """Whether it is allowed only if what lies in two places is the same."""
+        return self.is_settled_later(difference) and not (difference.rule == "by name" and self._allows(difference))
+
+    @property
+    def moves_teacher(self) -> bool:
+        """Whether as many teachers as before, of the same names, are said to lie elsewhere."""
+        before, now = self.stored.teacher, self.asked.teacher
+        places = [(each.path, *(model.path for model in each.models)) for each in (before, now)]
+        names = [(each.path is None, *(model.name for model in each.models)) for each in (before, now)]
+        return names[0] == names[1] and places[0] != places[1]
 
     @property
     def changed(self) -> frozenset[str]:
@@ -142,7 +162,9 @@ class Resumption(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def samples_anew(self) -> bool:
         """Whether groups that are under way are not those that the run would sample and score now."""
-        return any(_SAMPLED.fullmatch(d.key) for d in self.differences if d.rule == "by name")
+        return any(
+            _SAMPLED.fullmatch(d.key) for d in self.differences if d.rule == "by name" and not self.is_settled_later(d)
+        )
 
     def notices(self, total_steps: int, before: int, checkpoint: Checkpoint | None) -> list[str]:
         """What the user should know of what changes. ConfigError where more steps are done than are asked for.
@@ -155,7 +177,11 @@ class Resumption(msgspec.Struct, frozen=True, kw_only=True):
                 f"{self.folder}: {done} steps are done and {total_steps} are asked for (learner.max_steps, "
                 "learner.epochs); ask for more, or take the policy of an earlier step from a checkpoint"
             )
-        told = [f"{difference}, as allowed" for difference in self.differences if difference.rule == "by name"]
+        told = [
+            f"{difference}, as allowed"
+            for difference in self.differences
+            if difference.rule == "by name" and not self.hangs_on_contents(difference)
+        ]
         if total_steps != before:
             scheduler = self.stored.learner.lr_scheduler
             counted = (

@@ -5,7 +5,7 @@ A checkpoint keeps of a group what cannot be had again: completions and scores. 
 """
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -20,7 +20,7 @@ from troupe.records.standing import Change
 from troupe.rewards import RewardManager
 from troupe.run.config import RunConfig
 from troupe.run.resume.changes import in_force
-from troupe.run.resume.check import SETTLED_BY_CONTENTS, Resumption
+from troupe.run.resume.check import Resumption
 
 _OF_AN_OLDER_TROUPE = (
     "the run was begun by an older Troupe; it goes on to the same bits but where something is computed otherwise now: "
@@ -59,7 +59,7 @@ def newest_checkpoint(
         _check_same_policy(folder, found, policy, config)
         if "rewards.functions" not in allowed:
             _check_rewards(folder, found.state, identity.rewards)
-        is_taught_otherwise = _has_other_teacher(folder, found.made.teacher, identity.teacher, allowed)
+        is_taught_otherwise = _has_other_teacher(folder, found.made.teacher, identity.teacher, resumption)
         if is_taught_otherwise or (resumption is not None and resumption.samples_anew):
             notices.append("groups that were sampled and not trained on yet are sampled once more")
             # what was begun stays begun, but nothing is kept of what came of it
@@ -68,7 +68,8 @@ def newest_checkpoint(
         if found.state.format < FORMAT:
             notices.append(_OF_AN_OLDER_TROUPE)
         return _held(found, policy), [*notices, f"going on after step {found.state.version}"]
-    if resumption is not None and (elsewhere := [d for d in resumption.differences if d.key in SETTLED_BY_CONTENTS]):
+    differences = () if resumption is None else resumption.differences
+    if resumption is not None and (elsewhere := [d for d in differences if resumption.hangs_on_contents(d)]):
         raise CheckpointError(resumption.refusal(elsewhere))
     return None, [*notices, f"{folder}: no whole checkpoint yet, so the run starts from the beginning"]
 
@@ -174,11 +175,13 @@ def _check_rewards(folder: Path, state: RunState, rewards: Sequence[str]) -> Non
         )
 
 
-def _has_other_teacher(folder: Path, before: str, now: str, allowed: Collection[str]) -> bool:
+def _has_other_teacher(folder: Path, before: str, now: str, resumption: Resumption | None) -> bool:
     """Whether another one lies now where the run's teacher was. CheckpointError where that is not allowed."""
-    if not before or not now or before == now:
+    is_moved = resumption is not None and resumption.moves_teacher
+    if before == now or not now or not (before or is_moved):  # of one that was not moved nothing else is known
         return False
-    if not {"teacher.path", "teacher.models"} & set(allowed):
+    allowed = frozenset[str]() if resumption is None else resumption.allowed
+    if not {"teacher.path", "teacher.models"} & allowed:
         raise CheckpointError(
             f"{folder}: the run has learned from another teacher than the one named now, whose "
             "configuration, tokenizer or weights differ; restore it, or allow the other by --allow-change teacher.path"

@@ -79,7 +79,7 @@ const chartPlot = (() => {
     const one = (i) => {
       const line = lineOf(i);
       const points = i <= count && line.points ? { show: true, size: 6, fill: stroke } : { show: dotsOf };
-      return { stroke, width: 1.6, dash: line.dashed ? [6, 4] : undefined, points, show: isShown(state, line) };
+      return { stroke, width: 1.6, dash: line.dashed ? [6, 4] : undefined, points, spanGaps: Boolean(line.points && !line.errors), show: isShown(state, line) };
     };
     const axis = { stroke: () => colour("muted"), font: `11px ${getComputedStyle(document.body).fontFamily}`, ticks: { show: false } };
     return {
