@@ -140,6 +140,23 @@ def test_a_draw_is_the_plain_one() -> None:
     assert number(mx.max(mx.abs(mx.take_along_axis(exact, ids[:, None], axis=-1)[:, 0] - log_probs))) < 1e-5
 
 
+def test_so_is_one_by_the_full_chain() -> None:
+    logits = 3 * mx.random.normal((64, 151_936), key=mx.random.key(0)).astype(mx.bfloat16)
+    uniforms = mx.random.uniform(shape=(2, 64), key=mx.random.key(1))
+    recent = mx.random.randint(0, 151_936, (64, 20), key=mx.random.key(2))
+    chain = GenerationConfig(
+        temperature=0.7, top_k=50, top_p=0.95, min_p=0.05, xtc_probability=0.5, repetition_penalty=1.1
+    )
+    sampler = Sampler(chain, (0, 1))
+    found = [draw_tokens(sampler, logits, uniforms[0], recent, uniforms[1], by_kernel=True) for _ in range(2)]
+    plain = draw_tokens(sampler, logits, uniforms[0], recent, uniforms[1])
+    assert [x.tolist() for x in found[0]] == [x.tolist() for x in found[1]]
+    same = found[0][0] == plain[0]
+    assert number(mx.sum(same)) >= 62, "a share may be as large as the threshold but for rounding"
+    for ours, theirs in zip(found[0][1:], plain[1:], strict=True):
+        assert number(mx.max(mx.where(same, mx.abs(ours - theirs), 0))) < 1e-4
+
+
 def test_what_has_no_share_is_never_drawn() -> None:
     never = -float("inf")
     logits = mx.array([[0.0, 0.0, never, 0.0, 0.0, never, never]] * 4)

@@ -50,19 +50,25 @@ _ATTEND = (
     *("qkv", "scales", "cosines", "sines", "prompt_keys", "prompt_values"),
     *("own", "lengths", "step", "constants"),
 )
-_SIGNATURES = {
+_FILTERED = (
+    *("logits", "uniforms", "filter_uniforms", "recent"),
+    *("numbers", "counts", "bias_ids", "bias", "spared"),
+)
+SIGNATURES = {
     "attend_by_sums": (_ATTEND, ("out", "parts")),
     "attend_by_units": (_ATTEND, ("out", "parts")),
     "join": (("mixed", "parts"), ("out",)),
     "gate": (("both",), ("out",)),
     "draw": (("logits", "uniforms", "constants"), ("ids", "log_probs")),
+    "draw_filtered": (_FILTERED, ("ids", "log_probs", "sampled", "scaled")),
 }
 """What each kernel takes and gives, by the names that its source uses."""
 
 
 @cache
-def _kernel(name: str) -> Any:
-    inputs, outputs = _SIGNATURES[name]
+def kernel(name: str) -> Any:
+    """That of the source `name`.cu, as MLX calls it."""
+    inputs, outputs = SIGNATURES[name]
     source = (_SOURCES / f"{name}.cu").read_text(encoding="utf-8")
     return mx.fast.cuda_kernel(name=f"troupe_{name}", input_names=inputs, output_names=outputs, source=source)
 
@@ -144,7 +150,7 @@ def attend(
     template = [("T", qkv.dtype), ("O", kind), ("HEADS", R * K), ("KV", K), ("R", R), ("SIZE", d)]
     template += [("BRAIN", qkv.dtype == mx.bfloat16), ("WHOLE", splits == 1)]
     template += [("NORM", scales is not None), ("WINDOW", window or 0)]
-    out, parts = _kernel("attend_by_units" if plan.by_units else "attend_by_sums")(
+    out, parts = kernel("attend_by_units" if plan.by_units else "attend_by_sums")(
         inputs=[qkv, constants if scales is None else scales, *turn, *prompts, own, lengths, step, constants],
         template=template,
         grid=plan.grid,
@@ -153,7 +159,7 @@ def attend(
         output_dtypes=[kind, mx.float32],
     )
     if splits > 1:
-        (out,) = _kernel("join")(
+        (out,) = kernel("join")(
             inputs=[out, parts],
             template=[("T", qkv.dtype), ("SIZE", d)],
             grid=(-(-B * R * K * 32 // _THREADS) * _THREADS, 1, 1),
@@ -169,7 +175,7 @@ def draw(logits: mx.array, uniforms: mx.array, temperature: float) -> tuple[mx.a
     """Logits (B, V), uniforms (B,) in [0, 1) → ids (B,) of softmax(logits / temperature) by its inverse distribution
     function, and their log-probs in nats."""
     B = logits.shape[0]
-    ids, log_probs = _kernel("draw")(
+    ids, log_probs = kernel("draw")(
         inputs=[logits, uniforms, mx.array([1.0 / temperature])],
         template=[("T", logits.dtype)],
         grid=(B * 1024, 1, 1),
@@ -184,7 +190,7 @@ def gate(both: mx.array) -> mx.array:
     """Gate beside up (B, 2·F) → gate · σ(gate) · up (B, F)."""
     B, F = both.shape[0], both.shape[1] // 2
     gated: mx.array
-    (gated,) = _kernel("gate")(
+    (gated,) = kernel("gate")(
         inputs=[both],
         template=[("T", both.dtype)],
         grid=(-(-B * F // _THREADS) * _THREADS, 1, 1),
