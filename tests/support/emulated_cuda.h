@@ -27,7 +27,6 @@
 #define EMULATED_SHARED static __attribute__((section("emushared")))
 extern "C" char __start_emushared[], __stop_emushared[];
 namespace cuda { namespace std = ::std; }
-#define inf std::numeric_limits<float>::infinity()
 
 struct uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };

@@ -59,7 +59,7 @@ class CudaDecodingCache(DecodingCache):
         x = embedded(config, weights, ids)
         for index in range(config.num_hidden_layers):
             self._make_room(index, x.dtype)
-        plans = _plans(config, len(ids), x.dtype, max(self._prompt_lengths) + self.length)
+        plans = _plans(config, (len(ids), self.width), x.dtype, max(self._prompt_lengths) + self.length)
         shape = plans, self._own[0].shape
         if shape != self._shape:
             self._shape, self._steps, self._layers = shape, 0, partial(_through_layers, config, plans, ropes)
@@ -101,12 +101,14 @@ def _turn(d: int, rope: Rope, positions: mx.array) -> tuple[mx.array, mx.array]:
     return mx.cos(angles) * factor, mx.sin(angles) * factor
 
 
-def _plans(config: NetworkConfig, rows: int, dtype: mx.Dtype, context: int) -> dict[int | None, cuda_kernels.Launch]:
-    """By the window of a layer."""
-    heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+def _plans(
+    config: NetworkConfig, rows: tuple[int, int], dtype: mx.Dtype, context: int
+) -> dict[int | None, cuda_kernels.Launch]:
+    """By the window of a layer. `rows`: how many in all, and a prompt."""
+    heads = config.num_attention_heads, config.num_key_value_heads
     windows = {config.layer(index).window for index in range(config.num_hidden_layers)}
     seen = {window: context if window is None else min(context, window) for window in windows}
-    return {window: cuda_kernels.plan_launch(rows, *heads, dtype, tokens) for window, tokens in seen.items()}
+    return {window: cuda_kernels.plan_launch(*rows, *heads, dtype, tokens) for window, tokens in seen.items()}
 
 
 def _through_layers(

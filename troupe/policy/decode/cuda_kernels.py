@@ -6,7 +6,8 @@ they run. Each kernel has its plain twin in MLX's own operations (`forward.py`, 
 every other device and is what the tests compare with.
 
 Attention has two: by the matrix units, for the 16-bit types of cards that have them, and by sums for all else. Whoever
-reads them may begin with the one by sums.
+reads them may begin with the one by sums. By the matrix units, all rows of a prompt meet its keys at once, so that
+these are read once a prompt.
 
 Shapes: B rows, S prompts, w = B/S rows a prompt, H query heads, K key/value heads, R = H/K, d head size, P longest
 prompt, N places for own tokens. T is the type of the weights; sums are float32.
@@ -21,6 +22,8 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from troupe.policy.cuda import cuda_header
+
 _SOURCES = Path(__file__).with_name("cuda")
 _THREADS = 256
 _HEAD_SIZES = frozenset({64, 128, 256})
@@ -33,18 +36,23 @@ _LEAST_SPLIT = 128
 _LARGEST_GROUP = 1280
 """R·d: of each such number a block shares nine float32, beside 2.4 KB of its own."""
 
-_WARPS_WANTED = 1024
-"""Of the kernel by the matrix units, eight for each multiprocessor of an H100: with fewer, several share the context of
-a row's heads, as a team."""
-_WARPS_AT_ONCE = 4
-"""Of a block, but where a team is larger."""
-_LARGEST_TEAM = 8
+_WARPS = 8
+"""Of a block of the kernel by the matrix units."""
+_QUERIES = 16
+"""That meet the prompt's keys at once: of so many rows times heads of a group."""
+_UNITS_BLOCKS_WANTED = 132
+"""Of that kernel, one for each multiprocessor of an H100: with fewer, a long context is split among several."""
+_HALF_SHARED = 113 * 1024
+"""Bytes that a block may share where two are at work on a multiprocessor of Hopper."""
+_TWO_BLOCKS = f"""
+#undef __global__
+#define __global__ __attribute__((global)) __launch_bounds__({32 * _WARPS}, 2)
+"""
+"""MLX writes the head of the function, so it is told here that two blocks are to fit: 128 registers a thread."""
 _WORTH_JOINING = 2048
 """Tokens of context from which a second kernel, which joins what several blocks found, costs less than it saves."""
 _LEAST_OF_BLOCK = 512
 """Tokens of context that a block is then left with, at the least."""
-_LARGEST_GROUP_OF_UNITS = 1024
-"""R·d: of each such number a block shares eight float32, beside up to 9 KB of its own."""
 
 _ATTEND = (
     *("qkv", "scales", "cosines", "sines", "prompt_keys", "prompt_values"),
@@ -61,10 +69,19 @@ _SIGNATURES = {
 
 
 @cache
-def _kernel(name: str) -> Any:
+def _kernel(name: str, shared_memory: int = 0) -> Any:
+    """`shared_memory`: bytes of a block; those who differ in them have other template values too."""
     inputs, outputs = _SIGNATURES[name]
-    source = (_SOURCES / f"{name}.cu").read_text(encoding="utf-8")
-    return mx.fast.cuda_kernel(name=f"troupe_{name}", input_names=inputs, output_names=outputs, source=source)
+    headers = (_SOURCES / "attend.cuh",) if name == "attend_by_units" else ()
+    bound = _TWO_BLOCKS if 0 < shared_memory <= _HALF_SHARED else ""
+    return mx.fast.cuda_kernel(
+        name=f"troupe_{name}",
+        input_names=inputs,
+        output_names=outputs,
+        source=(_SOURCES / f"{name}.cu").read_text(encoding="utf-8"),
+        header=cuda_header(*headers) + bound,
+        shared_memory=shared_memory,
+    )
 
 
 def are_available() -> bool:
@@ -92,20 +109,24 @@ def can_serve(heads: int, kv_heads: int, head_dim: int) -> bool:
     return are_available() and head_dim in _HEAD_SIZES and group <= 6 and group * head_dim <= _LARGEST_GROUP
 
 
-def plan_launch(rows: int, heads: int, kv_heads: int, head_dim: int, dtype: mx.Dtype, context: int) -> Launch:
-    """How to divide the work of so many rows, of which the longest sees `context` tokens."""
+def plan_launch(rows: int, width: int, heads: int, kv_heads: int, dtype: mx.Dtype, context: int) -> Launch:
+    """How to divide the work of so many rows, `width` a prompt, of which the longest sees `context` tokens."""
     pairs = rows * kv_heads
     group = heads // kv_heads
-    if dtype.size > 2 or group * head_dim > _LARGEST_GROUP_OF_UNITS or not _have_matrix_units():
+    if dtype.size > 2 or not _have_matrix_units():
         splits = max(1, min(_BLOCKS_WANTED // pairs, context // _LEAST_SPLIT))
         return Launch(False, (pairs * splits * _THREADS, 1, 1), (_THREADS, 1, 1), splits)
-    team = 1
-    while team < _LARGEST_TEAM and pairs * team < _WARPS_WANTED:
-        team *= 2
-    together, splits = max(1, _WARPS_AT_ONCE // team), 1
+    items, splits = rows // width * kv_heads * -(-width // (_QUERIES // group)), 1
     if context >= _WORTH_JOINING:
-        splits = max(1, min(_WARPS_WANTED // (pairs * team), context // _LEAST_OF_BLOCK))
-    return Launch(True, (32 * -(-pairs // together), team * splits, together), (32, team, together), splits)
+        splits = max(1, min(_UNITS_BLOCKS_WANTED // items, context // _LEAST_OF_BLOCK))
+    return Launch(True, (32 * _WARPS * items, splits, 1), (32 * _WARPS, 1, 1), splits)
+
+
+def _shared_bytes(group: int, head_dim: int) -> int:
+    """What a block of the kernel by the matrix units shares (`AttendShared`)."""
+    own = max(_QUERIES, _WARPS * group)
+    of_queries = _QUERIES * (head_dim + 8) * 2 + _QUERIES // group * 2 * head_dim * 2
+    return of_queries + (_WARPS * _QUERIES * (head_dim + 6) + own * (head_dim + 2)) * 4
 
 
 @cache
@@ -142,9 +163,13 @@ def attend(
     R, splits = wide // d // K - 2, plan.splits
     kind = qkv.dtype if splits == 1 else mx.float32
     template = [("T", qkv.dtype), ("O", kind), ("HEADS", R * K), ("KV", K), ("R", R), ("SIZE", d)]
-    template += [("BRAIN", qkv.dtype == mx.bfloat16), ("WHOLE", splits == 1)]
+    template += [("WHOLE", splits == 1)]
     template += [("NORM", scales is not None), ("WINDOW", window or 0)]
-    out, parts = _kernel("attend_by_units" if plan.by_units else "attend_by_sums")(
+    kernel = _kernel("attend_by_sums")
+    if plan.by_units:
+        kernel = _kernel("attend_by_units", _shared_bytes(R, d))
+        template += [("WARPS", _WARPS)]
+    out, parts = kernel(
         inputs=[qkv, constants if scales is None else scales, *turn, *prompts, own, lengths, step, constants],
         template=template,
         grid=plan.grid,
