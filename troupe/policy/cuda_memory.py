@@ -96,6 +96,20 @@ def _idle_engine() -> _CopyEngine:
         return _CopyEngine(BLOCK_BYTES)
 
 
+_MULTIPROCESSORS = 16
+"""The driver's number for that attribute of a card."""
+
+
+@cache
+def multiprocessors() -> int:
+    """Of the first card. RuntimeError where the driver refuses."""
+    card, count = ctypes.c_int(), ctypes.c_int()
+    _call("cuInit", 0)
+    _call("cuDeviceGet", ctypes.byref(card), 0)
+    _call("cuDeviceGetAttribute", ctypes.byref(count), _MULTIPROCESSORS, card)
+    return count.value
+
+
 @cache
 def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")

@@ -28,6 +28,7 @@ class Case(NamedTuple):
     norms: bool = True
     window: int | None = None
     splits: int = 1
+    together: int = 0  # 0: as planned
 
 
 CASES = [
@@ -41,6 +42,8 @@ CASES = [
     Case((60, 25), 3, 30, window=20),
     Case((60, 25), 3, 8, window=17),
     Case((300, 90), 2, 60, splits=3),
+    Case((140, 17), 8, 21, together=8),
+    Case((33,), 9, 40, together=5, norms=False),
 ]
 
 
@@ -96,6 +99,9 @@ def attend(case: Case, given: dict[str, mx.array]) -> mx.array:
     rows, dtype = given["qkv"].shape[0], given["qkv"].dtype
     heads = case.heads, case.kv_heads
     plan = cuda_kernels.plan_launch(rows, case.width, *heads, dtype, max(case.lengths) + case.own)
+    if case.together:
+        items = len(case.lengths) * case.kv_heads * -(-case.width // case.together)
+        plan = plan._replace(together=case.together, grid=(plan.block[0] * items, 1, 1))
     if case.splits > 1:
         plan = plan._replace(grid=(plan.grid[0], case.splits, 1), splits=case.splits)
     return cuda_kernels.attend(
@@ -106,7 +112,7 @@ def attend(case: Case, given: dict[str, mx.array]) -> mx.array:
         given["own"],
         mx.array(case.lengths, mx.int32),
         mx.array([case.own], mx.int32),
-        mx.array([EPSILON, case.head_dim**-0.5]),
+        mx.array([EPSILON, case.head_dim**-0.5, plan.together]),
         plan=plan,
         window=case.window,
     )
@@ -119,7 +125,7 @@ def test_what_a_card_computes_is_the_formula(case: Case, dtype: mx.Dtype, monkey
         pytest.skip("one kind of head is enough")
     cuda_kernels._kernel.cache_clear()
     monkeypatch.setattr(mx.fast, "cuda_kernel", EmulatedKernel)
-    monkeypatch.setattr(cuda_kernels, "_have_matrix_units", lambda: True)
+    monkeypatch.setattr(cuda_kernels, "have_matrix_units", lambda: True)
     mx.random.seed(1)
     given = arrays(case, dtype)
     expected = exact(case, given)

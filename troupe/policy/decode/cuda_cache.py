@@ -8,7 +8,7 @@ from functools import partial
 
 import mlx.core as mx
 
-from troupe.policy.decode import cuda_kernels
+from troupe.policy.decode import cuda_kernels, cuda_layer
 from troupe.policy.decode.cache import BLOCK, DecodingCache, PromptCache
 from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.forward import GATE_UP, QKV, Layer, embedded, normalized
@@ -36,6 +36,8 @@ class CudaDecodingCache(DecodingCache):
         super().__init__(prompts, width, limit)
         self._own: list[mx.array] = []
         self._shape: object = None
+        self._counter = mx.zeros((1,), mx.uint32)
+        mx.eval(self._counter)
         self._steps = 0
         self._layers: Callable[..., mx.array] = _through_layers
 
@@ -66,7 +68,9 @@ class CudaDecodingCache(DecodingCache):
         self._steps += 1
         if self._steps == _WORTH_COMPILING:
             self._layers = mx.compile(self._layers)
-        y = self._layers(x, dict(weights), (self._prompt_keys, self._prompt_values, self._own), turns, lengths, step)
+        y = self._layers(
+            x, dict(weights), (self._prompt_keys, self._prompt_values, self._own), turns, lengths, step, self._counter
+        )
         self.advance()
         return y
 
@@ -121,6 +125,7 @@ def _through_layers(
     turns: Sequence[tuple[mx.array, mx.array]],
     lengths: mx.array,
     step: mx.array,
+    counter: mx.array,
 ) -> mx.array:
     """Embedded ids (B, D) → hidden states after the final norm. `kept`: prompts' keys and values, and the rows' own;
     `turns`: one for each of `ropes`.
@@ -128,20 +133,28 @@ def _through_layers(
     To be compiled, which fuses nothing here, but takes down once what to launch.
     """
     family = config.family
-    constants = mx.array([config.rms_norm_eps, config.attention_scale])
+    whole = all(plan.splits == 1 for plan in plans.values()) and cuda_layer.serves(Layer(config, weights, 0), x)
+    numbers = config.rms_norm_eps, config.attention_scale
+    constants = {window: mx.array([*numbers, plan.together]) for window, plan in plans.items()}
     for index, (*prompts, own) in enumerate(zip(*kept, strict=True)):
         layer = Layer(config, weights, index)
+        window, turn = layer.spec.window, turns[ropes.index(layer.spec.rope)]
+        if whole:
+            x = cuda_layer.through_layer(
+                layer, x, turn, (prompts[0], prompts[1]), own, lengths, step, constants[window], counter
+            )
+            continue
         o = cuda_kernels.attend(
             layer.joined_inputs(QKV, layer.normalized("input_layernorm", x)),
             layer.fused_qk_scales,
-            turns[ropes.index(layer.spec.rope)],
+            turn,
             (prompts[0], prompts[1]),
             own,
             lengths,
             step,
-            constants,
-            plan=plans[layer.spec.window],
-            window=layer.spec.window,
+            constants[window],
+            plan=plans[window],
+            window=window,
         )
         x = layer.behind_attention(x, layer.linear("self_attn.o_proj")(o))  # mx.addmm takes twice as long to launch
         both = layer.joined_inputs(GATE_UP, layer.normalized(family.norm_before_mlp, x))

@@ -24,7 +24,7 @@ import mlx.core as mx
 
 from troupe.policy.cuda import cuda_header
 
-_SOURCES = Path(__file__).with_name("cuda")
+SOURCES = Path(__file__).with_name("cuda")
 _THREADS = 256
 _HEAD_SIZES = frozenset({64, 128, 256})
 """Of each, sixteen lanes take parts that the card loads at once."""
@@ -36,17 +36,18 @@ _LEAST_SPLIT = 128
 _LARGEST_GROUP = 1280
 """R·d: of each such number a block shares nine float32, beside 2.4 KB of its own."""
 
-_WARPS = 8
+WARPS = 8
 """Of a block of the kernel by the matrix units."""
 _QUERIES = 16
 """That meet the prompt's keys at once: of so many rows times heads of a group."""
-_UNITS_BLOCKS_WANTED = 132
-"""Of that kernel, one for each multiprocessor of an H100: with fewer, a long context is split among several."""
+_ITEMS_WANTED = 132
+"""Blocks of that kernel, one for each multiprocessor of an H100: with fewer, a block takes fewer rows of a prompt, and a
+long context is split among several."""
 _HALF_SHARED = 113 * 1024
 """Bytes that a block may share where two are at work on a multiprocessor of Hopper."""
 _TWO_BLOCKS = f"""
 #undef __global__
-#define __global__ __attribute__((global)) __launch_bounds__({32 * _WARPS}, 2)
+#define __global__ __attribute__((global)) __launch_bounds__({32 * WARPS}, 2)
 """
 """MLX writes the head of the function, so it is told here that two blocks are to fit: 128 registers a thread."""
 _WORTH_JOINING = 2048
@@ -72,13 +73,13 @@ _SIGNATURES = {
 def _kernel(name: str, shared_memory: int = 0) -> Any:
     """`shared_memory`: bytes of a block; those who differ in them have other template values too."""
     inputs, outputs = _SIGNATURES[name]
-    headers = (_SOURCES / "attend.cuh",) if name == "attend_by_units" else ()
+    headers = (SOURCES / "attend.cuh",) if name == "attend_by_units" else ()
     bound = _TWO_BLOCKS if 0 < shared_memory <= _HALF_SHARED else ""
     return mx.fast.cuda_kernel(
         name=f"troupe_{name}",
         input_names=inputs,
         output_names=outputs,
-        source=(_SOURCES / f"{name}.cu").read_text(encoding="utf-8"),
+        source=(SOURCES / f"{name}.cu").read_text(encoding="utf-8"),
         header=cuda_header(*headers) + bound,
         shared_memory=shared_memory,
     )
@@ -100,6 +101,8 @@ class Launch(NamedTuple):
     """Threads of a block."""
     splits: int
     """Blocks that share the context of a row's heads."""
+    together: int = 1
+    """Rows of a prompt that a block of the matrix units takes at most."""
 
 
 def can_serve(heads: int, kv_heads: int, head_dim: int) -> bool:
@@ -113,24 +116,32 @@ def plan_launch(rows: int, width: int, heads: int, kv_heads: int, dtype: mx.Dtyp
     """How to divide the work of so many rows, `width` a prompt, of which the longest sees `context` tokens."""
     pairs = rows * kv_heads
     group = heads // kv_heads
-    if dtype.size > 2 or not _have_matrix_units():
+    if dtype.size > 2 or not have_matrix_units():
         splits = max(1, min(_BLOCKS_WANTED // pairs, context // _LEAST_SPLIT))
         return Launch(False, (pairs * splits * _THREADS, 1, 1), (_THREADS, 1, 1), splits)
-    items, splits = rows // width * kv_heads * -(-width // (_QUERIES // group)), 1
+    together, splits = min(width, _QUERIES // group), 1
+    while together > 1 and 2 * _items(rows, width, kv_heads, together) <= _ITEMS_WANTED:
+        together = -(-together // 2)
+    items = _items(rows, width, kv_heads, together)
     if context >= _WORTH_JOINING:
-        splits = max(1, min(_UNITS_BLOCKS_WANTED // items, context // _LEAST_OF_BLOCK))
-    return Launch(True, (32 * _WARPS * items, splits, 1), (32 * _WARPS, 1, 1), splits)
+        splits = max(1, min(_ITEMS_WANTED // items, context // _LEAST_OF_BLOCK))
+    return Launch(True, (32 * WARPS * items, splits, 1), (32 * WARPS, 1, 1), splits, together)
 
 
-def _shared_bytes(group: int, head_dim: int) -> int:
+def _items(rows: int, width: int, kv_heads: int, together: int) -> int:
+    """Blocks that take up to `together` of a prompt's rows, and a key/value head."""
+    return rows // width * kv_heads * -(-width // together)
+
+
+def attend_shared_bytes(group: int, head_dim: int) -> int:
     """What a block of the kernel by the matrix units shares (`AttendShared`)."""
-    own = max(_QUERIES, _WARPS * group)
+    own = max(_QUERIES, WARPS * group)
     of_queries = _QUERIES * (head_dim + 8) * 2 + _QUERIES // group * 2 * head_dim * 2
-    return of_queries + (_WARPS * _QUERIES * (head_dim + 6) + own * (head_dim + 2)) * 4
+    return of_queries + (WARPS * _QUERIES * (head_dim + 6) + own * (head_dim + 2)) * 4
 
 
 @cache
-def _have_matrix_units() -> bool:
+def have_matrix_units() -> bool:
     """Whether the card multiplies 16-bit matrices as the kernel asks: Ampere, or a later generation."""
     return int(mx.device_info().get("compute_capability_major", 8)) >= 8
 
@@ -157,7 +168,7 @@ def attend(
     `scales` (H + K, d) of the norms of queries and keys, None where there are none; `turn`: cosines and sines (S, d/2)
     of its position in float32; `prompts`: keys and values (S, K, P, d); `own` (B, 2·K, N, d): keys before values, of
     which the first `step` (1,) int32 places are taken; `lengths` (S,) int32 of the prompts; `constants` float32:
-    (norms' ε, scale of the scores); `window`: how many tokens the new one sees at most, itself among them.
+    (norms' ε, scale of the scores, the plan's `together`); `window`: how many tokens the new one sees at most, itself among them.
     """
     (B, wide), (_, K, _, d) = qkv.shape, prompts[0].shape
     R, splits = wide // d // K - 2, plan.splits
@@ -167,8 +178,8 @@ def attend(
     template += [("NORM", scales is not None), ("WINDOW", window or 0)]
     kernel = _kernel("attend_by_sums")
     if plan.by_units:
-        kernel = _kernel("attend_by_units", _shared_bytes(R, d))
-        template += [("WARPS", _WARPS)]
+        kernel = _kernel("attend_by_units", attend_shared_bytes(R, d))
+        template += [("WARPS", WARPS)]
     out, parts = kernel(
         inputs=[qkv, constants if scales is None else scales, *turn, *prompts, own, lengths, step, constants],
         template=template,

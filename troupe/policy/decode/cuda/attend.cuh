@@ -35,7 +35,7 @@ struct AttendInputs {
     T* own;                             // (B, 2·K, N, d)
     const int* lengths;                 // (S,)
     float epsilon, scale;
-    int step, width, P, N;              // own tokens before this one, rows a prompt, places of prompts and of own tokens
+    int step, width, together, P, N;    // own tokens before this one; rows a prompt, and of these at once at most; places
 };
 
 template <typename T, typename O, int HEADS, int KV, int SIZE, bool NORM, int WINDOW, bool WHOLE, int WARPS>
@@ -45,7 +45,7 @@ __device__ void attend_rows(
     constexpr int R = HEADS / KV, PIECES = SIZE / 8, KEY = SIZE / 32, VALUE = SIZE / 64, HALVES = SIZE / 64, TILES = SIZE / 8;
     constexpr unsigned ALL = 0xffffffff;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int chunks = (in.width + 16 / R - 1) / (16 / R), most_rows = (in.width + chunks - 1) / chunks;
+    const int chunks = (in.width + in.together - 1) / in.together, most_rows = (in.width + chunks - 1) / chunks;
     const int slot = item / (chunks * KV), kv_head = item / chunks % KV, first = item % chunks * most_rows;
     const int count = min(most_rows, in.width - first), row0 = slot * in.width + first;
     int team = 1;

@@ -4,6 +4,7 @@ extern __shared__ __align__(16) char memory[];
 using Shared = AttendShared<T, HEADS / KV, SIZE, WARPS>;
 const AttendInputs<T> given{
     qkv, reinterpret_cast<const T*>(scales), cosines, sines, prompt_keys, prompt_values, const_cast<T*>(own), lengths,
-    constants[0], constants[1] * 1.44269504f, step[0], qkv_shape[0] / prompt_keys_shape[0], prompt_keys_shape[2], own_shape[2]};
+    constants[0], constants[1] * 1.44269504f, step[0], qkv_shape[0] / prompt_keys_shape[0],
+    int(constants[2]), prompt_keys_shape[2], own_shape[2]};
 attend_rows<T, O, HEADS, KV, SIZE, NORM, WINDOW, WHOLE, WARPS>(
     given, blockIdx.x, blockIdx.y, gridDim.y, *reinterpret_cast<Shared*>(memory), out, parts);
