@@ -36,8 +36,7 @@ class CudaDecodingCache(DecodingCache):
         super().__init__(prompts, width, limit)
         self._own: list[mx.array] = []
         self._shape: object = None
-        self._counter = mx.zeros((1,), mx.uint32)
-        mx.eval(self._counter)
+        self._counter = cuda_layer.new_counter()
         self._steps = 0
         self._layers: Callable[..., mx.array] = _through_layers
 

@@ -4,6 +4,7 @@
 extern __shared__ __align__(16) char memory[];
 constexpr int UNITS = 4, PROJECTED = (HEADS + 2 * KV) * SIZE, MIXED = HEADS * SIZE;
 using Products = ProductShared<T, ROWS, UNITS, WARPS>;
+using Sum = UnitSum<T, ROWS, UNITS, WARPS>;
 using Attention = AttendShared<T, HEADS / KV, SIZE, WARPS>;
 Products& products = *reinterpret_cast<Products*>(memory);
 const int rows = x_shape[0], D = x_shape[1], F = down_shape[1];
@@ -15,7 +16,7 @@ auto inside_row = [&](int unit, int i) { return gate_up + (size_t(unit / 2) * 8 
 auto down_row = [&](int unit, int i) { return down + (size_t(unit) * 8 + i) * F; };
 
 multiply_units<1>(x, D, rows, input_scale, epsilon, PROJECTED / 8, qkv_row,
-    [&](int unit, int row, int i, auto sum) { qkv[size_t(row) * PROJECTED + unit * 8 + i] = T(sum(0)); },
+    [&](int unit, int row, int i, const Sum& sum) { qkv[size_t(row) * PROJECTED + unit * 8 + i] = T(sum(0)); },
     static_cast<unsigned*>(nullptr), products);
 grid_sync(met, gridDim.x);
 
@@ -34,17 +35,17 @@ for (int item = blockIdx.x; item < items; item += gridDim.x) {
 }
 
 multiply_units<1>(mixed, MIXED, rows, static_cast<const T*>(nullptr), epsilon, D / 8, o_row,
-    [&](int unit, int row, int i, auto sum) {
+    [&](int unit, int row, int i, const Sum& sum) {
         const size_t place = size_t(row) * D + unit * 8 + i;
         middle[place] = T(float(x[place]) + float(T(sum(0))));
     }, met, products);
 multiply_units<2>(middle, D, rows, mlp_scale, epsilon, F / 4, inside_row,
-    [&](int unit, int row, int i, auto sum) {
+    [&](int unit, int row, int i, const Sum& sum) {
         const float gate = float(T(sum(0))), up = float(T(sum(1)));
         inside[size_t(row) * F + unit / 2 * 8 + i] = T(gate / (1.f + __expf(-gate)) * up);
     }, met, products);
 multiply_units<1>(inside, F, rows, static_cast<const T*>(nullptr), epsilon, D / 8, down_row,
-    [&](int unit, int row, int i, auto sum) {
+    [&](int unit, int row, int i, const Sum& sum) {
         const size_t place = size_t(row) * D + unit * 8 + i;
         out[place] = T(float(middle[place]) + float(T(sum(0))));
     }, met, products);

@@ -12,6 +12,19 @@ struct ProductShared {
     float norms[ROWS];
 };
 
+// All warps' sums for number i of a row, of the j-th unit from one on.
+template <typename T, int ROWS, int UNITS, int WARPS>
+struct UnitSum {
+    const ProductShared<T, ROWS, UNITS, WARPS>& shared;
+    int unit, row, i;
+    __device__ __forceinline__ float operator()(int j) const {
+        float all = 0.f;
+        #pragma unroll
+        for (int w = 0; w < WARPS; w++) all += shared.sums[w][unit + j][row][i];
+        return all;
+    }
+};
+
 // rsqrt(mean square) of each row of x (rows, width).
 template <typename T, int ROWS, int UNITS, int WARPS>
 __device__ void row_norms(const T* x, int width, int rows, float epsilon, ProductShared<T, ROWS, UNITS, WARPS>& shared) {
@@ -31,7 +44,7 @@ __device__ void row_norms(const T* x, int width, int rows, float epsilon, Produc
 }
 
 // x (rows, width) times units of a matrix, of which `row_of(unit, i)` is the i-th row (width): `out(unit, row, i, sum)` is
-// called for each result of every STEP-th unit, where sum(j) is that of the j-th unit from there. With `scale` x is
+// called for each result of every STEP-th unit, with its `UnitSum`. With `scale` x is
 // normalized. The first weights are on their way before the grid waits for x, by `counter`, where there is one.
 template <int STEP, typename T, int ROWS, int UNITS, int WARPS, class RowOf, class Out>
 __device__ void multiply_units(
@@ -115,14 +128,8 @@ __device__ void multiply_units(
         __syncthreads();
         const int here = min(UNITS, end - first) / STEP;
         for (int i = threadIdx.x; i < here * rows * 8; i += 32 * WARPS) {
-            const int u = i / (rows * 8) * STEP, row = i / 8 % rows, e = i % 8;
-            auto sum = [&](int j) {
-                float all = 0.f;
-                #pragma unroll
-                for (int w = 0; w < WARPS; w++) all += shared.sums[w][u + j][row][e];
-                return all;
-            };
-            out(first + u, row, e, sum);
+            const UnitSum<T, ROWS, UNITS, WARPS> sum{shared, i / (rows * 8) * STEP, i / 8 % rows, i % 8};
+            out(first + sum.unit, sum.row, sum.i, sum);
         }
         __syncthreads();
     }
