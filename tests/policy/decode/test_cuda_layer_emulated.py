@@ -36,8 +36,9 @@ CASES = [
     Case((5, 20), 3),
     Case((9,), 8, blocks=5, dtype="float16"),
     Case((30, 4, 11), 7, heads=6, kv_heads=1, blocks=7),
-    Case((7, 3), 1, hidden=1056, inside=2080, blocks=4),
-    Case((3, 4, 5, 6), 16, hidden=64, blocks=2),
+    Case((7, 3), 1, hidden=1056, inside=4160, blocks=4),
+    Case((3, 4, 5, 6), 16, hidden=64, blocks=5),
+    Case((3,), 40, hidden=1056, inside=2080, blocks=2),
 ]
 
 

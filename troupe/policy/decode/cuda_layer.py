@@ -21,7 +21,9 @@ from troupe.policy.network.forward import GATE_UP, QKV, Layer
 
 MOST_ROWS = 64
 """With more, products by cuBLAS, whose tiles are larger, are worth their launches."""
-_UNITS, _SLICE = 4, 1024
+_AT_ONCE = 32
+"""Rows that a block multiplies at once."""
+_UNITS = 4
 _INPUTS = (
     *("x", "input_scale", "qkv_weight", "scales", "cosines", "sines", "prompt_keys", "prompt_values", "own"),
     *("lengths", "step", "constants", "o_weight", "mlp_scale", "gate_up", "down", "counter"),
@@ -74,7 +76,7 @@ def through_layer(
     config = layer.config
     H, K, d, F = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.intermediate_size
     (B, D), dtype, scales = x.shape, x.dtype, layer.fused_qk_scales
-    rows = max(8, 1 << (B - 1).bit_length())
+    rows = min(_AT_ONCE, max(8, 1 << (B - 1).bit_length()))
     template: list[tuple[str, Any]] = [("T", dtype), ("HEADS", H), ("KV", K), ("SIZE", d), ("ROWS", rows)]
     template += [("NORM", scales is not None), ("WINDOW", layer.spec.window or 0), ("WARPS", WARPS)]
     blocks = multiprocessors()
@@ -97,7 +99,8 @@ def through_layer(
 
 def _product_shared_bytes(rows: int) -> int:
     """What a block shares while it multiplies (`ProductShared`)."""
-    return rows * (_SLICE + 32) * 2 + WARPS * _UNITS * rows * 8 * 4 + rows * 4
+    numbers = 2048 if rows > 16 else 4096
+    return rows * (numbers + 32) * 2 + WARPS * _UNITS * rows * 8 * 4 + rows * 4
 
 
 @cache
