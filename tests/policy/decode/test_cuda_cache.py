@@ -105,24 +105,24 @@ def test_so_are_they_in_every_family(name: str, dtype: str, tolerance: float, le
 
 
 @pytest.mark.parametrize(
-    ("lengths", "width", "shape", "team", "splits"),
+    ("lengths", "width", "shape", "together", "splits"),
     [
-        ([40] * 32, 8, {}, 1, 1),
-        ([7] * 57, 9, {"kv_heads": 2}, 1, 1),
-        ([7] * 171, 3, {"kv_heads": 1, "heads": 4}, 2, 1),
-        ([9, 40] * 16, 2, {}, 4, 1),
-        ([2100, 3], 1, {}, 8, 4),
-        ([50, 20], 3, {"head_dim": 256}, 8, 1),
-        ([50, 20], 3, {"heads": 24}, 8, 1),
+        ([40] * 32, 8, {}, 8, 1),
+        ([7] * 57, 9, {"kv_heads": 2}, 4, 1),
+        ([7] * 171, 3, {"kv_heads": 1, "heads": 4}, 3, 1),
+        ([9, 40] * 16, 2, {}, 2, 1),
+        ([2100, 3], 1, {}, 1, 4),
+        ([50, 20], 3, {"head_dim": 256}, 1, 1),
+        ([50, 20], 3, {"heads": 24}, 1, 1),
     ],
 )
 def test_so_are_they_however_the_work_is_divided(
-    lengths: list[int], width: int, shape: dict[str, int], team: int, splits: int
+    lengths: list[int], width: int, shape: dict[str, int], together: int, splits: int
 ) -> None:
     policy = random_policy(config(**shape), dtype="bfloat16")
     heads = policy.config.num_attention_heads, policy.config.num_key_value_heads, policy.config.head_dim
-    plan = cuda_kernels.plan_launch(len(lengths) * width, *heads, mx.bfloat16, max(lengths))
-    assert (plan.by_units, plan.block[1], plan.splits) == (True, team, splits)
+    plan = cuda_kernels.plan_launch(len(lengths) * width, width, *heads, mx.bfloat16, max(lengths))
+    assert (plan.by_units, plan.together, plan.splits) == (True, together, splits)
     assert largest_difference(policy, lengths, width) < 5e-2
 
 
