@@ -69,8 +69,13 @@ SIGNATURES = {
 def kernel(name: str) -> Any:
     """That of the source `name`.cu, as MLX calls it."""
     inputs, outputs = SIGNATURES[name]
-    source = (_SOURCES / f"{name}.cu").read_text(encoding="utf-8")
-    return mx.fast.cuda_kernel(name=f"troupe_{name}", input_names=inputs, output_names=outputs, source=source)
+    return mx.fast.cuda_kernel(name=f"troupe_{name}", input_names=inputs, output_names=outputs, source=source_of(name))
+
+
+def source_of(name: str) -> str:
+    """The body of a kernel: its file, with the one before it that it goes on from."""
+    files = ("adjust", name) if name == "draw_filtered" else (name,)
+    return "".join((_SOURCES / f"{file}.cu").read_text(encoding="utf-8") for file in files)
 
 
 def are_available() -> bool:
