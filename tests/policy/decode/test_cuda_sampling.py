@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -52,8 +51,7 @@ KINDS = ["normal", "flat", "peaked", "equal", "tied", "banned"]
 @cache
 def emulated(name: str) -> EmulatedKernel:
     inputs, outputs = cuda_kernels.SIGNATURES[name]
-    source = (Path(cuda_kernels.__file__).with_name("cuda") / f"{name}.cu").read_text(encoding="utf-8")
-    return EmulatedKernel(name, inputs, outputs, source)
+    return EmulatedKernel(name, inputs, outputs, cuda_kernels.source_of(name))
 
 
 @pytest.fixture(autouse=True)

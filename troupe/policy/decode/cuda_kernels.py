@@ -86,10 +86,16 @@ def kernel(name: str, shared_memory: int = 0) -> Any:
         name=f"troupe_{name}",
         input_names=inputs,
         output_names=outputs,
-        source=(SOURCES / f"{name}.cu").read_text(encoding="utf-8"),
+        source=source_of(name),
         header=cuda_header(*headers) + bound,
         shared_memory=shared_memory,
     )
+
+
+def source_of(name: str) -> str:
+    """The body of a kernel: its file, with the one before it that it goes on from."""
+    files = ("adjust", name) if name == "draw_filtered" else (name,)
+    return "".join((SOURCES / f"{file}.cu").read_text(encoding="utf-8") for file in files)
 
 
 def are_available() -> bool:

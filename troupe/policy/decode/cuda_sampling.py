@@ -1,9 +1,10 @@
 """The full chain of sampling as one kernel on NVIDIA cards: bias, penalties, temperature, filters, draw, log-probs.
 
 MLX's own operations take some forty launches and a sort for it. Here a block reads its row a few times: top_k and
-top_p each find the bin of 1/64 nat in which they end, and end in it by halves. The plain twin is `Sampler`. Both keep
-the same ids, but where float32 sums of shares, exact here, decide at the limit of top_p or XTC; and they draw the same
-ones, but where a uniform lies that near to a limit between two ids.
+top_p each find the bin of 1/64 nat in which they end, and end in it by halves; up to 1,024 ids that top_k keeps are
+worked on alone from then on. The plain twin is `Sampler`. Both keep the same ids, but where float32 sums of shares,
+exact here, decide at the limit of top_p or XTC; and they draw the same ones, but where a uniform lies that near to a
+limit between two ids.
 """
 
 import math
