@@ -76,11 +76,12 @@ def measure(shape: Shape, dtype: mx.Dtype) -> dict[str, Any]:
     """One shape → its line."""
     B, S, P, n, H, K, d = shape
     layers = layers_of(shape, dtype)
-    lengths, step, constants = mx.array([P] * S, mx.int32), mx.array([n], mx.int32), mx.array([1e-6, d**-0.5])
-    by_units = cuda_kernels.plan_launch(B, H, K, d, dtype, P + n)
-    by_sums = cuda_kernels.plan_launch(B, H, K, d, mx.float32, P + n)
+    lengths, step = mx.array([P] * S, mx.int32), mx.array([n], mx.int32)
+    by_units = cuda_kernels.plan_launch(B, B // S, H, K, d, dtype, P + n)
+    by_sums = cuda_kernels.plan_launch(B, B // S, H, K, d, mx.float32, P + n)
 
     def attend(plan: cuda_kernels.Launch) -> list[mx.array]:
+        constants = mx.array([1e-6, d**-0.5, plan.together])
         return [
             cuda_kernels.attend(qkv, scales, turn, prompts, own, lengths, step, constants, plan=plan)
             for qkv, scales, turn, prompts, own in layers

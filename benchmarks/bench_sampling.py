@@ -2,8 +2,9 @@
 
     python benchmarks/bench_sampling.py [--rows 64 --vocabulary 151936 272 --repeat 5]
 
-The chain: logit bias and three penalties, temperature 0.7, top_k 50, top_p 0.95, min_p 0.05, XTC, the draw and the
-drawn token's log-prob. "nucleus" is top_p alone, which has to look at every id. mlx-lm's chain has the same settings,
+The chain, as a decode calls it: logit bias and three penalties, temperature 0.7, top_k 50, top_p 0.95, min_p 0.05,
+XTC, the draw and the drawn token's log-probs, by the model and as drawn. "nucleus" is top_p alone, which has to look at
+every id. On an NVIDIA card each is one kernel; "plain" is what other devices do. mlx-lm's chain has the same settings,
 but one list of recent tokens and one XTC draw for all rows, and no log-prob. Logits are normal with deviation 3.
 Prints one JSON line of medians in milliseconds a token of all rows; mlx-lm's are null where it is not installed.
 """
@@ -22,6 +23,8 @@ from typing import Any
 
 import troupe  # first: it loads OpenBLAS before MLX
 from troupe.policy import Sampler, SamplingConfig
+from troupe.policy.decode import cuda_kernels
+from troupe.policy.decode.loop import draw_tokens
 
 import mlx.core as mx  # isort: skip
 
@@ -61,12 +64,15 @@ def measure(B: int, V: int, repeat: int) -> dict[str, float | None]:
     recent = mx.random.randint(0, V, (B, 20), key=mx.random.key(1))
     uniforms = mx.random.uniform(shape=(2, B), key=mx.random.key(2))
     mx.eval(logits, recent, uniforms)
+    by_kernel = cuda_kernels.are_available()
     full = Sampler(SamplingConfig(temperature=TEMPERATURE, **FILTERS, **PENALTIES), special_ids=(0, 1))
     nucleus = Sampler(SamplingConfig(temperature=TEMPERATURE, top_p=0.95))
     choices: dict[str, Callable[[], Any] | None] = {
         "argmax_ms": lambda: mx.argmax(logits, axis=-1),
-        "chain_ms": lambda: full.choose(full.scale(full.adjust(logits, recent)), uniforms[0], uniforms[1]),
-        "nucleus_ms": lambda: nucleus.choose(nucleus.scale(logits), uniforms[0]),
+        "chain_ms": lambda: draw_tokens(full, logits, uniforms[0], recent, uniforms[1], by_kernel=by_kernel),
+        "nucleus_ms": lambda: draw_tokens(nucleus, logits, uniforms[0], by_kernel=by_kernel),
+        "plain_chain_ms": (lambda: draw_tokens(full, logits, uniforms[0], recent, uniforms[1])) if by_kernel else None,
+        "plain_nucleus_ms": (lambda: draw_tokens(nucleus, logits, uniforms[0])) if by_kernel else None,
         "mlx_lm_chain_ms": mlx_lm_chain(logits, recent[0], PENALTIES, {**FILTERS, "xtc_special_tokens": [0, 1]}),
         "mlx_lm_nucleus_ms": mlx_lm_chain(logits, recent[0], {}, {"top_p": 0.95}),
     }

@@ -14,6 +14,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from troupe.policy.cuda import cuda_header
+
 _HEADER = Path(__file__).with_name("emulated_cuda.h")
 _BUILT = Path(tempfile.gettempdir()) / "emulated-cuda"
 _TYPES = {
@@ -42,12 +44,15 @@ class EmulatedKernel:
         input_names: Sequence[str],
         output_names: Sequence[str],
         source: str,
-        header: str = "",  # its functions have twins
+        header: str = "",  # the functions of units.cuh have twins, what stands behind them counts
         ensure_row_contiguous: bool = True,
         shared_memory: int = 0,
     ) -> None:
         self._name, self._inputs, self._outputs, self._source = name, tuple(input_names), tuple(output_names), source
         self._contiguous, self._shared = ensure_row_contiguous, shared_memory
+        self._header = (
+            header.removeprefix(cuda_header()).replace("#pragma once", "").replace("__attribute__((global))", "")
+        )
 
     def __call__(
         self,
@@ -114,6 +119,7 @@ class EmulatedKernel:
         return "\n".join(
             [
                 f'#include "{_HEADER}"',
+                self._header,
                 "template <class X> static std::array<X, 8> eight(const X* x) {",
                 "std::array<X, 8> all; for (int i = 0; i < 8; i++) all[i] = x[i]; return all; }",
                 f"static void kernel({', '.join(parameters)}) {{",

@@ -96,6 +96,29 @@ def _idle_engine() -> _CopyEngine:
         return _CopyEngine(BLOCK_BYTES)
 
 
+_MULTIPROCESSORS, _MOST_SHARED = 16, 97
+"""The driver's numbers for these attributes of a card."""
+
+
+def multiprocessors() -> int:
+    """Of the first card. RuntimeError where the driver refuses."""
+    return _attribute(_MULTIPROCESSORS)
+
+
+def shared_memory_limit() -> int:
+    """Bytes that the threads of a block may share on the first card. RuntimeError where the driver refuses."""
+    return _attribute(_MOST_SHARED)
+
+
+@cache
+def _attribute(which: int) -> int:
+    card, number = ctypes.c_int(), ctypes.c_int()
+    _call("cuInit", 0)
+    _call("cuDeviceGet", ctypes.byref(card), 0)
+    _call("cuDeviceGetAttribute", ctypes.byref(number), which, card)
+    return number.value
+
+
 @cache
 def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")

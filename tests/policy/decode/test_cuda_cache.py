@@ -105,24 +105,24 @@ def test_so_are_they_in_every_family(name: str, dtype: str, tolerance: float, le
 
 
 @pytest.mark.parametrize(
-    ("lengths", "width", "shape", "team", "splits"),
+    ("lengths", "width", "shape", "together", "splits"),
     [
-        ([40] * 32, 8, {}, 1, 1),
-        ([7] * 57, 9, {"kv_heads": 2}, 1, 1),
-        ([7] * 171, 3, {"kv_heads": 1, "heads": 4}, 2, 1),
-        ([9, 40] * 16, 2, {}, 4, 1),
-        ([2100, 3], 1, {}, 8, 4),
-        ([50, 20], 3, {"head_dim": 256}, 8, 1),
-        ([50, 20], 3, {"heads": 24}, 8, 1),
+        ([40] * 32, 8, {}, 8, 1),
+        ([7] * 57, 9, {"kv_heads": 2}, 4, 1),
+        ([7] * 171, 3, {"kv_heads": 1, "heads": 4}, 3, 1),
+        ([9, 40] * 16, 2, {}, 2, 1),
+        ([2100, 3], 1, {}, 1, 4),
+        ([50, 20], 3, {"head_dim": 256}, 1, 1),
+        ([50, 20], 3, {"heads": 24}, 1, 1),
     ],
 )
 def test_so_are_they_however_the_work_is_divided(
-    lengths: list[int], width: int, shape: dict[str, int], team: int, splits: int
+    lengths: list[int], width: int, shape: dict[str, int], together: int, splits: int
 ) -> None:
     policy = random_policy(config(**shape), dtype="bfloat16")
     heads = policy.config.num_attention_heads, policy.config.num_key_value_heads, policy.config.head_dim
-    plan = cuda_kernels.plan_launch(len(lengths) * width, *heads, mx.bfloat16, max(lengths))
-    assert (plan.by_units, plan.block[1], plan.splits) == (True, team, splits)
+    plan = cuda_kernels.plan_launch(len(lengths) * width, width, *heads, mx.bfloat16, max(lengths))
+    assert (plan.by_units, plan.together, plan.splits) == (True, together, splits)
     assert largest_difference(policy, lengths, width) < 5e-2
 
 
@@ -138,6 +138,23 @@ def test_a_draw_is_the_plain_one() -> None:
     scaled = logits.astype(mx.float32) / 0.7
     exact = scaled - mx.logsumexp(scaled, axis=-1, keepdims=True)
     assert number(mx.max(mx.abs(mx.take_along_axis(exact, ids[:, None], axis=-1)[:, 0] - log_probs))) < 1e-5
+
+
+def test_so_is_one_by_the_full_chain() -> None:
+    logits = 3 * mx.random.normal((64, 151_936), key=mx.random.key(0)).astype(mx.bfloat16)
+    uniforms = mx.random.uniform(shape=(2, 64), key=mx.random.key(1))
+    recent = mx.random.randint(0, 151_936, (64, 20), key=mx.random.key(2))
+    chain = GenerationConfig(
+        temperature=0.7, top_k=50, top_p=0.95, min_p=0.05, xtc_probability=0.5, repetition_penalty=1.1
+    )
+    sampler = Sampler(chain, (0, 1))
+    found = [draw_tokens(sampler, logits, uniforms[0], recent, uniforms[1], by_kernel=True) for _ in range(2)]
+    plain = draw_tokens(sampler, logits, uniforms[0], recent, uniforms[1])
+    assert [x.tolist() for x in found[0]] == [x.tolist() for x in found[1]]
+    same = found[0][0] == plain[0]
+    assert number(mx.sum(same)) >= 62, "a share may be as large as the threshold but for rounding"
+    for ours, theirs in zip(found[0][1:], plain[1:], strict=True):
+        assert number(mx.max(mx.where(same, mx.abs(ours - theirs), 0))) < 1e-4
 
 
 def test_what_has_no_share_is_never_drawn() -> None:

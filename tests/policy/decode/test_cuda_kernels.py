@@ -12,6 +12,12 @@ SHARED = 48 * 1024
 """Bytes that a block may share without asking."""
 
 
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_kernels, "have_matrix_units", lambda: True)
+    monkeypatch.setattr(cuda_kernels, "shared_memory_limit", lambda: 227 * 1024)
+
+
 def shared_bytes(group: int, head_dim: int) -> int:
     """What the kernel by sums declares, with float32 weights: queries, what eight warps mixed, the new token; sums."""
     return (group * head_dim * (1 + 8) + 2 * head_dim + 2 * group * 8) * 4
@@ -41,38 +47,35 @@ def test_other_heads_and_devices_are_left_to_the_plain_cache(
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32])
 @pytest.mark.parametrize(("heads", "head_dim"), [(16, 128), (32, 128), (48, 64), (40, 256)])
 def test_every_row_and_all_of_its_context_has_a_block(
-    heads: int, head_dim: int, dtype: mx.Dtype, has_units: bool, monkeypatch: pytest.MonkeyPatch
+    heads: int, head_dim: int, dtype: mx.Dtype, has_units: bool, card: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda_kernels, "_have_matrix_units", lambda: has_units)
-    for rows in (1, 3, 8, 31, 256, 1000):
+    monkeypatch.setattr(cuda_kernels, "have_matrix_units", lambda: has_units)
+    for slots, width in ((1, 1), (3, 1), (1, 8), (31, 1), (32, 8), (125, 8), (4, 19)):
         for context in (1, 100, 2047, 2048, 5000, 40_000):
-            plan = cuda_kernels.plan_launch(rows, heads, 8, head_dim, dtype, context)
+            rows = slots * width
+            plan = cuda_kernels.plan_launch(rows, width, heads, 8, head_dim, dtype, context)
             blocks = [-(-all_ // each) for all_, each in zip(plan.grid, plan.block, strict=True)]
-            threads = plan.block[0] * plan.block[1] * plan.block[2]
             assert 1 <= plan.splits <= max(1, context // 128)
+            assert plan.block == (256, 1, 1)
+            assert plan.by_units == (has_units and dtype == mx.bfloat16)
             if plan.by_units:
-                _, team, together = plan.block
-                assert has_units
-                assert dtype == mx.bfloat16
-                assert plan.block[0] == 32
-                assert team * together <= 8, "what they share has room for eight warps"
-                assert (blocks[0] * together, blocks[1], blocks[2]) == (
-                    -(-rows * 8 // together) * together,
-                    plan.splits,
-                    1,
-                )
+                assert plan.together * heads // 8 <= 16, "queries that meet the prompt's keys at once"
+                assert blocks == [slots * 8 * -(-width // plan.together), plan.splits, 1]
             else:
                 assert blocks == [rows * 8 * plan.splits, 1, 1]
-                assert threads == 256
 
 
-def test_few_rows_have_teams_and_long_contexts_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_kernels, "_have_matrix_units", lambda: True)
+def test_where_prompts_are_few_blocks_take_fewer_rows_and_long_contexts_several(card: None) -> None:
+    def divided(slots: int, context: int) -> tuple[int, int]:
+        plan = cuda_kernels.plan_launch(8 * slots, 8, 16, 8, 128, mx.bfloat16, context)
+        return plan.together, plan.splits
 
-    def team_and_splits(rows: int, context: int) -> tuple[int, int]:
-        plan = cuda_kernels.plan_launch(rows, 16, 8, 128, mx.bfloat16, context)
-        return plan.block[1], plan.splits
+    assert [divided(slots, 500) for slots in (32, 16, 8, 4, 2, 1)] == [(8, 1), (8, 1), (4, 1), (2, 1), (1, 1), (1, 1)]
+    assert [divided(1, context) for context in (2047, 2048, 8192)] == [(1, 1), (1, 2), (1, 2)]
+    assert divided(32, 40_000) == (8, 1)
 
-    assert [team_and_splits(rows, 500) for rows in (256, 128, 64, 32, 1)] == [(1, 1), (1, 1), (2, 1), (4, 1), (8, 1)]
-    assert [team_and_splits(1, context) for context in (2047, 2048, 8192)] == [(8, 1), (8, 4), (8, 16)]
-    assert team_and_splits(256, 40_000) == (1, 1)
+
+def test_a_card_whose_blocks_share_too_little_attends_by_sums(card: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_kernels, "shared_memory_limit", lambda: 99 * 1024)
+    kinds = [cuda_kernels.plan_launch(8, 8, 16, 8, d, mx.bfloat16, 100).by_units for d in (64, 128, 256)]
+    assert kinds == [True, True, False]

@@ -8,7 +8,7 @@ from functools import partial
 
 import mlx.core as mx
 
-from troupe.policy.decode import cuda_kernels
+from troupe.policy.decode import cuda_kernels, cuda_layer
 from troupe.policy.decode.cache import BLOCK, DecodingCache, PromptCache
 from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.forward import GATE_UP, QKV, Layer, embedded, normalized
@@ -36,6 +36,7 @@ class CudaDecodingCache(DecodingCache):
         super().__init__(prompts, width, limit)
         self._own: list[mx.array] = []
         self._shape: object = None
+        self._counter = cuda_layer.new_counter()
         self._steps = 0
         self._layers: Callable[..., mx.array] = _through_layers
 
@@ -59,14 +60,16 @@ class CudaDecodingCache(DecodingCache):
         x = embedded(config, weights, ids)
         for index in range(config.num_hidden_layers):
             self._make_room(index, x.dtype)
-        plans = _plans(config, len(ids), x.dtype, max(self._prompt_lengths) + self.length)
+        plans = _plans(config, (len(ids), self.width), x.dtype, max(self._prompt_lengths) + self.length)
         shape = plans, self._own[0].shape
         if shape != self._shape:
             self._shape, self._steps, self._layers = shape, 0, partial(_through_layers, config, plans, ropes)
         self._steps += 1
         if self._steps == _WORTH_COMPILING:
             self._layers = mx.compile(self._layers)
-        y = self._layers(x, dict(weights), (self._prompt_keys, self._prompt_values, self._own), turns, lengths, step)
+        y = self._layers(
+            x, dict(weights), (self._prompt_keys, self._prompt_values, self._own), turns, lengths, step, self._counter
+        )
         self.advance()
         return y
 
@@ -101,12 +104,14 @@ def _turn(d: int, rope: Rope, positions: mx.array) -> tuple[mx.array, mx.array]:
     return mx.cos(angles) * factor, mx.sin(angles) * factor
 
 
-def _plans(config: NetworkConfig, rows: int, dtype: mx.Dtype, context: int) -> dict[int | None, cuda_kernels.Launch]:
-    """By the window of a layer."""
+def _plans(
+    config: NetworkConfig, rows: tuple[int, int], dtype: mx.Dtype, context: int
+) -> dict[int | None, cuda_kernels.Launch]:
+    """By the window of a layer. `rows`: how many in all, and a prompt."""
     heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     windows = {config.layer(index).window for index in range(config.num_hidden_layers)}
     seen = {window: context if window is None else min(context, window) for window in windows}
-    return {window: cuda_kernels.plan_launch(rows, *heads, dtype, tokens) for window, tokens in seen.items()}
+    return {window: cuda_kernels.plan_launch(*rows, *heads, dtype, tokens) for window, tokens in seen.items()}
 
 
 def _through_layers(
@@ -119,6 +124,7 @@ def _through_layers(
     turns: Sequence[tuple[mx.array, mx.array]],
     lengths: mx.array,
     step: mx.array,
+    counter: mx.array,
 ) -> mx.array:
     """Embedded ids (B, D) → hidden states after the final norm. `kept`: prompts' keys and values, and the rows' own;
     `turns`: one for each of `ropes`.
@@ -126,20 +132,28 @@ def _through_layers(
     To be compiled, which fuses nothing here, but takes down once what to launch.
     """
     family = config.family
-    constants = mx.array([config.rms_norm_eps, config.attention_scale])
+    whole = all(plan.splits == 1 for plan in plans.values()) and cuda_layer.serves(Layer(config, weights, 0), x)
+    numbers = config.rms_norm_eps, config.attention_scale
+    constants = {window: mx.array([*numbers, plan.together]) for window, plan in plans.items()}
     for index, (*prompts, own) in enumerate(zip(*kept, strict=True)):
         layer = Layer(config, weights, index)
+        window, turn = layer.spec.window, turns[ropes.index(layer.spec.rope)]
+        if whole:
+            x = cuda_layer.through_layer(
+                layer, x, turn, (prompts[0], prompts[1]), own, lengths, step, constants[window], counter
+            )
+            continue
         o = cuda_kernels.attend(
             layer.joined_inputs(QKV, layer.normalized("input_layernorm", x)),
             layer.fused_qk_scales,
-            turns[ropes.index(layer.spec.rope)],
+            turn,
             (prompts[0], prompts[1]),
             own,
             lengths,
             step,
-            constants,
-            plan=plans[layer.spec.window],
-            window=layer.spec.window,
+            constants[window],
+            plan=plans[window],
+            window=window,
         )
         x = layer.behind_attention(x, layer.linear("self_attn.o_proj")(o))  # mx.addmm takes twice as long to launch
         both = layer.joined_inputs(GATE_UP, layer.normalized(family.norm_before_mlp, x))

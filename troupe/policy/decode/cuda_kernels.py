@@ -6,7 +6,8 @@ they run. Each kernel has its plain twin in MLX's own operations (`forward.py`, 
 every other device and is what the tests compare with.
 
 Attention has two: by the matrix units, for the 16-bit types of cards that have them, and by sums for all else. Whoever
-reads them may begin with the one by sums.
+reads them may begin with the one by sums. By the matrix units, all rows of a prompt meet its keys at once, so that
+these are read once a prompt.
 
 Shapes: B rows, S prompts, w = B/S rows a prompt, H query heads, K key/value heads, R = H/K, d head size, P longest
 prompt, N places for own tokens. T is the type of the weights; sums are float32.
@@ -21,7 +22,10 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-_SOURCES = Path(__file__).with_name("cuda")
+from troupe.policy.cuda import cuda_header
+from troupe.policy.cuda_memory import shared_memory_limit
+
+SOURCES = Path(__file__).with_name("cuda")
 _THREADS = 256
 _HEAD_SIZES = frozenset({64, 128, 256})
 """Of each, sixteen lanes take parts that the card loads at once."""
@@ -33,38 +37,59 @@ _LEAST_SPLIT = 128
 _LARGEST_GROUP = 1280
 """R·d: of each such number a block shares nine float32, beside 2.4 KB of its own."""
 
-_WARPS_WANTED = 1024
-"""Of the kernel by the matrix units, eight for each multiprocessor of an H100: with fewer, several share the context of
-a row's heads, as a team."""
-_WARPS_AT_ONCE = 4
-"""Of a block, but where a team is larger."""
-_LARGEST_TEAM = 8
+WARPS = 8
+"""Of a block of the kernel by the matrix units."""
+_QUERIES = 16
+"""That meet the prompt's keys at once: of so many rows times heads of a group."""
+_ITEMS_WANTED = 132
+"""Blocks of that kernel, one for each multiprocessor of an H100: with fewer, a block takes fewer rows of a prompt, and a
+long context is split among several."""
+_HALF_SHARED = 113 * 1024
+"""Bytes that a block may share where two are at work on a multiprocessor of Hopper."""
+_TWO_BLOCKS = f"""
+#undef __global__
+#define __global__ __attribute__((global)) __launch_bounds__({32 * WARPS}, 2)
+"""
+"""MLX writes the head of the function, so it is told here that two blocks are to fit: 128 registers a thread."""
 _WORTH_JOINING = 2048
 """Tokens of context from which a second kernel, which joins what several blocks found, costs less than it saves."""
 _LEAST_OF_BLOCK = 512
 """Tokens of context that a block is then left with, at the least."""
-_LARGEST_GROUP_OF_UNITS = 1024
-"""R·d: of each such number a block shares eight float32, beside up to 9 KB of its own."""
 
 _ATTEND = (
     *("qkv", "scales", "cosines", "sines", "prompt_keys", "prompt_values"),
     *("own", "lengths", "step", "constants"),
 )
-_SIGNATURES = {
+_FILTERED = (
+    *("logits", "uniforms", "filter_uniforms", "recent"),
+    *("numbers", "counts", "bias_ids", "bias", "spared"),
+)
+SIGNATURES = {
     "attend_by_sums": (_ATTEND, ("out", "parts")),
     "attend_by_units": (_ATTEND, ("out", "parts")),
     "join": (("mixed", "parts"), ("out",)),
     "gate": (("both",), ("out",)),
     "draw": (("logits", "uniforms", "constants"), ("ids", "log_probs")),
+    "draw_filtered": (_FILTERED, ("ids", "log_probs", "sampled", "scaled")),
 }
 """What each kernel takes and gives, by the names that its source uses."""
 
 
 @cache
-def _kernel(name: str) -> Any:
-    inputs, outputs = _SIGNATURES[name]
-    source = (_SOURCES / f"{name}.cu").read_text(encoding="utf-8")
-    return mx.fast.cuda_kernel(name=f"troupe_{name}", input_names=inputs, output_names=outputs, source=source)
+def kernel(name: str, shared_memory: int = 0) -> Any:
+    """That of the source `name`.cu, as MLX calls it. `shared_memory`: bytes of a block; kernels that differ in them have
+    other template values, too."""
+    inputs, outputs = SIGNATURES[name]
+    headers = (SOURCES / "attend.cuh",) if name == "attend_by_units" else ()
+    bound = _TWO_BLOCKS if 0 < shared_memory <= _HALF_SHARED else ""
+    return mx.fast.cudakernel(
+        name=f"troupe_{name}",
+        input_names=inputs,
+        output_names=outputs,
+        source=(SOURCES / f"{name}.cu").read_text(encoding="utf-8"),
+        header=cuda_header(*headers) + bound,
+        shared_memory=shared_memory,
+    )
 
 
 def are_available() -> bool:
@@ -83,6 +108,8 @@ class Launch(NamedTuple):
     """Threads of a block."""
     splits: int
     """Blocks that share the context of a row's heads."""
+    together: int = 1
+    """Rows of a prompt that a block of the matrix units takes at most."""
 
 
 def can_serve(heads: int, kv_heads: int, head_dim: int) -> bool:
@@ -92,24 +119,39 @@ def can_serve(heads: int, kv_heads: int, head_dim: int) -> bool:
     return are_available() and head_dim in _HEAD_SIZES and group <= 6 and group * head_dim <= _LARGEST_GROUP
 
 
-def plan_launch(rows: int, heads: int, kv_heads: int, head_dim: int, dtype: mx.Dtype, context: int) -> Launch:
-    """How to divide the work of so many rows, of which the longest sees `context` tokens."""
+def plan_launch(
+    rows: int, width: int, heads: int, kv_heads: int, head_dim: int, dtype: mx.Dtype, context: int
+) -> Launch:
+    """How to divide the work of so many rows, `width` a prompt, of which the longest sees `context` tokens."""
     pairs = rows * kv_heads
     group = heads // kv_heads
-    if dtype.size > 2 or group * head_dim > _LARGEST_GROUP_OF_UNITS or not _have_matrix_units():
+    fits = attend_shared_bytes(group, head_dim) <= shared_memory_limit()
+    if dtype.size > 2 or not fits or not have_matrix_units():
         splits = max(1, min(_BLOCKS_WANTED // pairs, context // _LEAST_SPLIT))
         return Launch(False, (pairs * splits * _THREADS, 1, 1), (_THREADS, 1, 1), splits)
-    team = 1
-    while team < _LARGEST_TEAM and pairs * team < _WARPS_WANTED:
-        team *= 2
-    together, splits = max(1, _WARPS_AT_ONCE // team), 1
+    together, splits = min(width, _QUERIES // group), 1
+    while together > 1 and 2 * _items(rows, width, kv_heads, together) <= _ITEMS_WANTED:
+        together = -(-together // 2)
+    items = _items(rows, width, kv_heads, together)
     if context >= _WORTH_JOINING:
-        splits = max(1, min(_WARPS_WANTED // (pairs * team), context // _LEAST_OF_BLOCK))
-    return Launch(True, (32 * -(-pairs // together), team * splits, together), (32, team, together), splits)
+        splits = max(1, min(_ITEMS_WANTED // items, context // _LEAST_OF_BLOCK))
+    return Launch(True, (32 * WARPS * items, splits, 1), (32 * WARPS, 1, 1), splits, together)
+
+
+def _items(rows: int, width: int, kv_heads: int, together: int) -> int:
+    """Blocks that take up to `together` of a prompt's rows, and a key/value head."""
+    return rows // width * kv_heads * -(-width // together)
+
+
+def attend_shared_bytes(group: int, head_dim: int) -> int:
+    """What a block of the kernel by the matrix units shares (`AttendShared`)."""
+    own = max(_QUERIES, WARPS * group)
+    of_queries = _QUERIES * (head_dim + 8) * 2 + _QUERIES // group * 2 * head_dim * 2
+    return of_queries + (WARPS * _QUERIES * (head_dim + 6) + own * (head_dim + 2)) * 4
 
 
 @cache
-def _have_matrix_units() -> bool:
+def have_matrix_units() -> bool:
     """Whether the card multiplies 16-bit matrices as the kernel asks: Ampere, or a later generation."""
     return int(mx.device_info().get("compute_capability_major", 8)) >= 8
 
@@ -136,15 +178,19 @@ def attend(
     `scales` (H + K, d) of the norms of queries and keys, None where there are none; `turn`: cosines and sines (S, d/2)
     of its position in float32; `prompts`: keys and values (S, K, P, d); `own` (B, 2·K, N, d): keys before values, of
     which the first `step` (1,) int32 places are taken; `lengths` (S,) int32 of the prompts; `constants` float32:
-    (norms' ε, scale of the scores); `window`: how many tokens the new one sees at most, itself among them.
+    (norms' ε, scale of the scores, the plan's `together`); `window`: how many tokens the new one sees at most, itself among them.
     """
     (B, wide), (_, K, _, d) = qkv.shape, prompts[0].shape
     R, splits = wide // d // K - 2, plan.splits
     kind = qkv.dtype if splits == 1 else mx.float32
     template = [("T", qkv.dtype), ("O", kind), ("HEADS", R * K), ("KV", K), ("R", R), ("SIZE", d)]
-    template += [("BRAIN", qkv.dtype == mx.bfloat16), ("WHOLE", splits == 1)]
+    template += [("WHOLE", splits == 1)]
     template += [("NORM", scales is not None), ("WINDOW", window or 0)]
-    out, parts = _kernel("attend_by_units" if plan.by_units else "attend_by_sums")(
+    chosen = kernel("attend_by_sums")
+    if plan.by_units:
+        chosen = kernel("attend_by_units", attend_shared_bytes(R, d))
+        template += [("WARPS", WARPS)]
+    out, parts = chosen(
         inputs=[qkv, constants if scales is None else scales, *turn, *prompts, own, lengths, step, constants],
         template=template,
         grid=plan.grid,
@@ -153,7 +199,7 @@ def attend(
         output_dtypes=[kind, mx.float32],
     )
     if splits > 1:
-        (out,) = _kernel("join")(
+        (out,) = kernel("join")(
             inputs=[out, parts],
             template=[("T", qkv.dtype), ("SIZE", d)],
             grid=(-(-B * R * K * 32 // _THREADS) * _THREADS, 1, 1),
@@ -169,7 +215,7 @@ def draw(logits: mx.array, uniforms: mx.array, temperature: float) -> tuple[mx.a
     """Logits (B, V), uniforms (B,) in [0, 1) → ids (B,) of softmax(logits / temperature) by its inverse distribution
     function, and their log-probs in nats."""
     B = logits.shape[0]
-    ids, log_probs = _kernel("draw")(
+    ids, log_probs = kernel("draw")(
         inputs=[logits, uniforms, mx.array([1.0 / temperature])],
         template=[("T", logits.dtype)],
         grid=(B * 1024, 1, 1),
@@ -184,7 +230,7 @@ def gate(both: mx.array) -> mx.array:
     """Gate beside up (B, 2·F) → gate · σ(gate) · up (B, F)."""
     B, F = both.shape[0], both.shape[1] // 2
     gated: mx.array
-    (gated,) = _kernel("gate")(
+    (gated,) = kernel("gate")(
         inputs=[both],
         template=[("T", both.dtype)],
         grid=(-(-B * F // _THREADS) * _THREADS, 1, 1),

@@ -19,6 +19,7 @@ from troupe.errors import RunError
 from troupe.policy.decode import cuda_kernels
 from troupe.policy.decode.cache import DecodingCache, PromptCache, join_prompts, prefill_chunks
 from troupe.policy.decode.cuda_cache import CudaDecodingCache
+from troupe.policy.decode.cuda_sampling import draw_filtered
 from troupe.policy.decode.histories import Departure
 from troupe.policy.decode.prompts import read_prompts
 from troupe.policy.decode.requests import CompletedGroup, GenerationConfig, RolloutRequest
@@ -274,9 +275,11 @@ def draw_tokens(
     """Logits (B, V), uniforms (B,) → ids (B,), their log-probs under softmax(logits / temperature), and, where anything
     is on that changes this distribution, those under the one drawn from.
 
-    `recent` (B, W) ids, −1 pads, for the penalties; `filter_uniforms` (B,) for XTC. `by_kernel`: an NVIDIA card's
-    kernel of our own draws where nothing is on.
+    `recent` (B, W) ids, −1 pads, for the penalties; `filter_uniforms` (B,) for XTC. `by_kernel`: kernels of
+    our own draw, on an NVIDIA card, at any temperature but 0.
     """
+    if by_kernel and sampler.is_filtering and not sampler.is_greedy:
+        return list(draw_filtered(sampler, logits, uniforms, recent, filter_uniforms))
     if sampler.is_filtering or sampler.is_greedy:
         log_probs = sampler.scale(logits)
         adjusted = log_probs

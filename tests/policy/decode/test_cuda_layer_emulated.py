@@ -1,0 +1,105 @@
+"""A layer in one launch as NVIDIA cards compute it, its very source on a processor, against the plain cache."""
+
+from __future__ import annotations
+
+import random
+from typing import NamedTuple
+
+import mlx.core as mx
+import pytest
+
+from tests.support.emulated_cuda import EmulatedKernel
+from troupe.policy import NetworkConfig, hidden_states, random_policy
+from troupe.policy.decode import cuda_kernels, cuda_layer
+from troupe.policy.decode.cache import DecodingCache, PromptCache
+from troupe.policy.decode.cuda_cache import CudaDecodingCache
+from troupe.policy.model import Policy
+from troupe.policy.network import fusing
+
+pytestmark = pytest.mark.slow  # each kind of head is compiled
+
+
+class Case(NamedTuple):
+    """Prompts of these lengths, rows of each; sizes of the network; blocks of a grid."""
+
+    lengths: tuple[int, ...]
+    width: int
+    hidden: int = 96
+    inside: int = 160
+    heads: int = 4
+    kv_heads: int = 2
+    blocks: int = 3
+    dtype: str = "bfloat16"
+
+
+CASES = [
+    Case((5, 20), 3),
+    Case((9,), 8, blocks=5, dtype="float16"),
+    Case((30, 4, 11), 7, heads=6, kv_heads=1, blocks=7),
+    Case((7, 3), 1, hidden=1056, inside=4160, blocks=4),
+    Case((3, 4, 5, 6), 16, hidden=64, blocks=5),
+    Case((3,), 40, hidden=1056, inside=2080, blocks=2),
+]
+
+
+@pytest.fixture(autouse=True)
+def card(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda_kernels.kernel.cache_clear()
+    cuda_layer._kernel.cache_clear()
+    monkeypatch.setattr(mx.fast, "cuda_kernel", EmulatedKernel)
+    monkeypatch.setattr(cuda_layer, "have_matrix_units", lambda: True)
+    monkeypatch.setattr(cuda_kernels, "have_matrix_units", lambda: True)
+    for module in (cuda_layer, cuda_kernels):
+        monkeypatch.setattr(module, "shared_memory_limit", lambda: 227 * 1024)
+    monkeypatch.setattr(fusing, "is_on_cpu", lambda: False)
+
+
+def policy_of(case: Case) -> Policy:
+    config = NetworkConfig(
+        vocab_size=64,
+        hidden_size=case.hidden,
+        intermediate_size=case.inside,
+        num_hidden_layers=2,
+        num_attention_heads=case.heads,
+        num_key_value_heads=case.kv_heads,
+        head_dim=64,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+    )
+    return random_policy(config, dtype=case.dtype)
+
+
+def decoded(case: Case, policy: Policy, kinds: list[type[DecodingCache]], steps: int) -> list[list[mx.array]]:
+    """Hidden states after each step, by each kind of cache."""
+    fused = fusing.fuse_projections(policy.config, policy.weights)
+    dice = random.Random(0)
+    prompts = [[dice.randrange(64) for _ in range(n)] for n in case.lengths]
+    ids = mx.array([[*prompt, *[0] * (max(case.lengths) - len(prompt))] for prompt in prompts])
+    rows = len(case.lengths) * case.width
+    tokens = [mx.array([dice.randrange(64) for _ in range(rows)]) for _ in range(steps)]
+    found = []
+    for kind in kinds:
+        prompt = PromptCache(case.lengths)
+        mx.eval(hidden_states(policy.config, fused, ids, attention=prompt), prompt.keys, prompt.values)
+        cache = kind(prompt, case.width, 100)
+        states = []
+        for token in tokens:
+            states.append(cache.forward(policy.config, fused, token))
+            mx.eval(states)
+        found.append(states)
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_hidden_states_are_those_of_the_plain_cache(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_layer, "multiprocessors", lambda: case.blocks)
+    policy = policy_of(case)
+    plain, ours = decoded(case, policy, [DecodingCache, CudaDecodingCache], 3)
+    assert cuda_layer._kernel.cache_info().misses == 1, "by the kernel"
+    for a, b in zip(plain, ours, strict=True):
+        a, b = a.astype(mx.float32), b.astype(mx.float32)
+        apart = mx.max(mx.abs(a - b)) / mx.max(mx.abs(a))
+        assert apart.item() < (3e-2 if case.dtype == "bfloat16" else 4e-3)  # type: ignore[operator]
+    monkeypatch.setenv("EMULATED_SEED", "4")
+    (again,) = decoded(case, policy, [CudaDecodingCache], 3)
+    assert all(mx.array_equal(a, b).item() for a, b in zip(ours, again, strict=True)), "in any order of blocks"
