@@ -86,7 +86,7 @@ def flash_attention(
         [q, k, v],
         rows,
         (scale, window),
-        tiles=16 * _WARPS["attend_rows"] + 4 * keys,
+        tiles=16 * _WARPS["attend_rows"] + 3 * keys,
         numbers=[("KEYS", keys)],
         heads=H,
         outputs=[(q.shape, q.dtype), ((rows.spans.shape[0], H, _padded(rows.places)), mx.float32)],

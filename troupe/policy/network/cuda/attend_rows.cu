@@ -4,14 +4,12 @@ const int H = q_shape[1], K = k_shape[1];
 const int first = (gridDim.x - 1 - blockIdx.x) * ROWS, h = blockIdx.y, kv = h / (H / K);
 const float factor = scale[0] * LOG2_E;
 T* const own = reinterpret_cast<T*>(memory);
-auto tile = [&](int item) { return own + ROWS * SIZE + item % 2 * 2 * KEYS * SIZE; };
+auto tile = [&](int item) { return own + ROWS * SIZE + item % 2 * KEYS * SIZE; };
+T* const values = own + ROWS * SIZE + 2 * KEYS * SIZE;  // one tile, so that more blocks have room
 const T *const from_k = k + kv * SIZE, *const from_v = v + kv * SIZE;
 const int begin = max(0, first - window + 1) / KEYS;
 const int count = first < stop && first + ROWS > begins ? (min(stop, first + ROWS) + KEYS - 1) / KEYS - begin : 0;
-auto start = [&](int item) {
-    fetch(tile(item), KEYS, from_k, K * SIZE, (begin + item) * KEYS);
-    fetch(tile(item) + KEYS * SIZE, KEYS, from_v, K * SIZE, (begin + item) * KEYS);
-};
+auto start = [&](int item) { fetch(tile(item), KEYS, from_k, K * SIZE, (begin + item) * KEYS); };
 
 fetch(own, ROWS, q + h * SIZE, H * SIZE, first);
 if (count > 0) start(0);
@@ -32,13 +30,15 @@ for (int item = 0; item < count; item++) {
     copies_wait<0>();
     if constexpr (GROUPED) group_sees();
     __syncthreads();
-    if (item + 1 < count) start(item + 1);
-    copies_commit();
+    auto ask = [&] {
+        fetch(values, KEYS, from_v, K * SIZE, (begin + item) * KEYS);
+        copies_commit();
+        if (item + 1 < count) start(item + 1);
+        copies_commit();
+    };
     const int key = (begin + item) * KEYS;
-    const int low = GROUPED ? first : lowest;
-    if (key > low + reach || key + KEYS - 1 <= low - window) continue;
+    if (!GROUPED) ask();
     T* const keys = tile(item);
-    T* const values = keys + KEYS * SIZE;
     float scores[KEYS / 8][4];
 #pragma unroll
     for (int n = 0; n < KEYS / 8; n++)
@@ -50,6 +50,7 @@ for (int item = 0; item < count; item++) {
         for (int step = 0; step < STEPS; step++)
             group_multiply<T>(scores, numbers_from(own, ROWS, step), numbers_from(keys, KEYS, step));
         group_commit();
+        ask();  // while products are under way
         group_wait<0>();
         group_settled(scores);
     } else {
@@ -97,6 +98,9 @@ for (int item = 0; item < count; item++) {
             scores[n][i] = power_of_two(scores[n][i] - against[i / 2]);
             total[i / 2] += scores[n][i];
         }
+    copies_wait<1>();
+    if constexpr (GROUPED) group_sees();
+    __syncthreads();
     if constexpr (GROUPED) {
         unsigned weights[KEYS / 16][4];
 #pragma unroll

@@ -36,8 +36,13 @@ for (int item = 0; item < items; item++) {
     copies_wait<0>();
     if constexpr (GROUPED) group_sees();
     __syncthreads();
-    if (item + 1 < items) start(item + 1);
-    copies_commit();
+    bool is_asked = false;
+    auto ask = [&] {
+        if (!is_asked && item + 1 < items) start(item + 1);
+        if (!is_asked) copies_commit();
+        is_asked = true;
+    };
+    if (!GROUPED) ask();
     T* const queries = tile(item);
     T* const grads = queries + QUERIES * SIZE;
     const float* const of_queries = known_of + item % 2 * 2 * QUERIES;
@@ -62,6 +67,7 @@ for (int item = 0; item < items; item++) {
             for (int step = 0; step < STEPS; step++)
                 group_multiply<T>(shares, numbers_from(values, ROWS, step), numbers_from(grads, QUERIES, step));
             group_commit();
+            ask();  // while products are under way
             group_wait<1>();
             group_settled(scores);
         } else {
@@ -143,6 +149,7 @@ for (int item = 0; item < items; item++) {
             }
         }
     }
+    ask();
 }
 copies_wait<0>();
 __syncthreads();

@@ -57,11 +57,15 @@ for (int item = 0; item < count; item++) {
     copies_wait<0>();
     if constexpr (GROUPED) group_sees();
     __syncthreads();
-    if (item + 1 < count) start(item + 1);
-    copies_commit();
+    auto ask = [&] {
+        if (item + 1 < count) start(item + 1);
+        copies_commit();
+    };
     const int key = (begin + item) * KEYS;
     const int low = GROUPED ? first : lowest;
-    if (key > low + reach || key + KEYS - 1 <= low - window) continue;
+    const bool is_hidden = key > low + reach || key + KEYS - 1 <= low - window;
+    if (!GROUPED || is_hidden) ask();
+    if (is_hidden) continue;
     T* const keys = tile(item);
     T* const values = keys + KEYS * SIZE;
     float scores[KEYS / 8][4], shares[KEYS / 8][4];
@@ -80,6 +84,7 @@ for (int item = 0; item < count; item++) {
         for (int step = 0; step < STEPS; step++)
             group_multiply<T>(shares, numbers_from(own + ROWS * SIZE, ROWS, step), numbers_from(values, KEYS, step));
         group_commit();
+        ask();  // while products are under way
         group_wait<1>();
         group_settled(scores);
     } else {
