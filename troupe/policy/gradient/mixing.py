@@ -87,7 +87,7 @@ def back_through(
     )
     has_norms = layer.family.qk_norm
     q_grad, k_grad = (
-        back.norm(f"self_attn.{name}_norm" if has_norms else None, y, rotation.gradient(grad).swapaxes(1, 2))
+        back.turned(f"self_attn.{name}_norm" if has_norms else None, y, rotation, grad.swapaxes(1, 2))
         for y, name, grad in ((inside.q, "q", q_grad), (inside.k, "k", k_grad))
     )
     if gate_grads:

@@ -13,6 +13,7 @@ import mlx.core as mx
 from troupe.policy.gradient.parts import Back
 from troupe.policy.network.experts import Places, Routed, probabilities, shares
 from troupe.policy.network.forward import GATE_UP, Layer
+from troupe.policy.network.fused_kernels import gates_back, swiglu_gradients
 from troupe.policy.network.gating import gated, gated_gradient
 from troupe.policy.network.tensors import ROUTER, STACKS
 
@@ -54,6 +55,10 @@ def back_through_mlp(back: Back, layer: Layer, x: mx.array, kept: KeptMlp, y_gra
     if kept.routed is not None:
         return _back_through_experts(back, layer, h[0], kept, kept.routed, y_grad[0])[None]
     z_grad = back.product("mlp.down_proj", gated(family.activation, kept.gate, kept.up), y_grad)
+    if family.activation == "silu" and gates_back(kept.gate):
+        both = swiglu_gradients(kept.gate, kept.up, z_grad)
+        is_joined = len(layer.parts(GATE_UP)) == 1
+        return back.products(GATE_UP, h, [both] if is_joined else list(mx.split(both, 2, axis=-1)))
     return back.products(GATE_UP, h, gated_gradient(family.activation, kept.gate, kept.up, z_grad))
 
 

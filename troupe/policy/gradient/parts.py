@@ -6,7 +6,9 @@ from functools import partial, reduce
 import mlx.core as mx
 
 from troupe.policy.network.forward import Layer, normalized
+from troupe.policy.network.fused_kernels import turned_heads_gradient
 from troupe.policy.network.linear import tensor_name
+from troupe.policy.network.rotation import Rotation
 
 Gradients = dict[str, mx.array]
 
@@ -37,6 +39,18 @@ class Back:
         """Through matrices that have the same input."""
         x_grads = [self.product(name, x, grad) for name, grad in zip(names, y_grads, strict=True)]
         return reduce(mx.add, x_grads)
+
+    def turned(self, name: str | None, x: mx.array, rotation: Rotation, y_grad: mx.array) -> mx.array:
+        """Through a norm of heads (1, N, heads, d), where there is one, and their turning."""
+        scale = None if name is None else self.layer.norm(name)
+        tables = rotation.tables(x, scale)
+        if tables is None:
+            return self.norm(name, x, rotation.gradient(y_grad.swapaxes(1, 2)).swapaxes(1, 2))
+        eps = self.layer.config.rms_norm_eps
+        x_grad, scale_grad = turned_heads_gradient(x, scale, eps, *tables, y_grad)
+        if self.of_base and name is not None and scale_grad is not None:
+            self.grads[f"{name}.weight"] = scale_grad.astype(self.layer.norm_dtype(name))
+        return x_grad
 
     def norm(self, name: str | None, x: mx.array | None, y_grad: mx.array) -> mx.array:
         """Through a norm; None: through nothing."""

@@ -21,6 +21,7 @@ from troupe.policy.network.attention import attention_mask
 from troupe.policy.network.delta import DeltaInputs, DeltaSizes, DeltaState, gated_norm, rates, through_rows
 from troupe.policy.network.dropout import Dropout
 from troupe.policy.network.experts import Places, Routed, Stack, are_few, likeliest, shares
+from troupe.policy.network.fused_kernels import turned_heads
 from troupe.policy.network.gating import gated
 from troupe.policy.network.head import embed
 from troupe.policy.network.linear import JOINED, A, Linear
@@ -282,8 +283,15 @@ class Layer:
     def turned(self, q: mx.array, k: mx.array, rotate: Rotation) -> tuple[mx.array, mx.array]:
         """Queries and keys (B, T, heads, d) → (B, heads, T, d), normalized, where the family does so, and rotated."""
         names = ("self_attn.q_norm", "self_attn.k_norm") if self.family.qk_norm else (None, None)
-        q, k = (rotate(self.normalized(name, y).swapaxes(1, 2)) for y, name in zip((q, k), names, strict=True))
+        q, k = (self._turned(y, name, rotate) for y, name in zip((q, k), names, strict=True))
         return q, k
+
+    def _turned(self, y: mx.array, name: str | None, rotate: Rotation) -> mx.array:
+        scale = None if name is None else self.norm(name)
+        tables = rotate.tables(y, scale)
+        if tables is None:
+            return rotate(self.normalized(name, y).swapaxes(1, 2))
+        return turned_heads(y, scale, self.config.rms_norm_eps, *tables).swapaxes(1, 2)
 
     def rotated_inputs(self, x: mx.array, rotate: Rotation) -> tuple[mx.array, mx.array, mx.array, mx.array | None]:
         """(B, T, D) → queries, keys and values (B, heads, T, d), normalized and rotated, and gates (B, T, H, d)."""

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import mlx.core as mx
 
 from troupe.policy.network.elementwise import compiled, exponential, is_on_cpu
+from troupe.policy.network.fused_kernels import has_kernels, row_sums
 from troupe.policy.network.linear import Linear
 
 Result = TypeVar("Result")
@@ -83,11 +84,9 @@ def head_forward(
     )  # log Σ e^ℓ over the blocks so far, and the entropies within them
     for block in _blocks(head.size, hidden.shape[0]):
         logits = head.rows(block)(hidden)
-        peak = mx.max(logits, axis=-1).astype(mx.float32) * scale
-        powers, weighted = _powers(logits, scale, peak[:, None])
-        total = mx.sum(powers, axis=-1)
+        peak, total, weighted = _sums(logits, scale)
         log_total = mx.log(total)
-        block_entropies, block_normalizer = log_total - mx.sum(weighted, axis=-1) / total, peak + log_total
+        block_entropies, block_normalizer = log_total - weighted / total, peak + log_total
         chosen = mx.where(_is_in(targets, block), _pick(logits, targets, block) * scale, chosen)
         best = mx.maximum(best, peak)
         if block.start == 0:
@@ -148,6 +147,15 @@ def head_backward(
         hidden, weighted = mx.depends([hidden, weighted], [hidden_grad, head_grad])
         yield hidden_grad, head_grad
     return hidden_grad.astype(hidden.dtype), mx.concatenate(head_grads) if of_head else None
+
+
+def _sums(logits: mx.array, scale: float) -> tuple[mx.array, mx.array, mx.array]:
+    """Of each row (M, V) times `scale`: its peak, and Σ e^z and Σ e^z·z of what is below it."""
+    if has_kernels():
+        return row_sums(logits, scale)
+    peak = mx.max(logits, axis=-1).astype(mx.float32) * scale
+    powers, weighted = _powers(logits, scale, peak[:, None])
+    return peak, mx.sum(powers, axis=-1), mx.sum(weighted, axis=-1)
 
 
 def _powers(logits: mx.array, scale: float, peak: mx.array) -> tuple[mx.array, mx.array]:

@@ -4,6 +4,7 @@ import mlx.core as mx
 
 from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.elementwise import WORTHWHILE, compiled, is_on_cpu
+from troupe.policy.network.fused_kernels import turns_heads
 from troupe.policy.network.rotary import Rope, attention_factor, inverse_frequencies
 
 _FEWEST = 32
@@ -33,6 +34,8 @@ class Rotation:
         self._offset = offset
         self._periods: mx.array | None = None
         frequencies = mx.array(inverse_frequencies(self._d, *rope))
+        self._frequencies = frequencies
+        self._of_tokens: tuple[mx.array, mx.array] | None = None
         self._has_tables = is_on_cpu() or turned < _FEWEST  # elsewhere one fused kernel is faster
         if rope.scaling is not None:
             self._periods = 1.0 / frequencies
@@ -43,6 +46,16 @@ class Rotation:
                 positions = offset + mx.arange(T)
             angles = positions[..., None].astype(mx.float32) * frequencies  # (T or B·1·T, d/2)
             self._cos, self._sin = mx.cos(angles) * self._factor, mx.sin(angles) * self._factor
+
+    def tables(self, x: mx.array, scale: mx.array | None) -> tuple[mx.array, mx.array] | None:
+        """Cosines and sines, float32 (T, d/2) each, where `turned_heads` is to turn x (1, T, heads, d) with a position
+        for every token; else None."""
+        if not isinstance(self._offset, mx.array) or self._offset.ndim != 2 or not turns_heads(x, scale, self._d):
+            return None
+        if self._of_tokens is None:
+            angles = self._offset.reshape(-1, 1).astype(mx.float32) * self._frequencies
+            self._of_tokens = mx.cos(angles) * self._factor, mx.sin(angles) * self._factor
+        return self._of_tokens
 
     def __call__(self, y: mx.array) -> mx.array:
         """(B, heads, T, d) turned."""
