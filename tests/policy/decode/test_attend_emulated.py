@@ -48,7 +48,7 @@ CASES = [
 
 
 def exact(case: Case, given: dict[str, mx.array]) -> np.ndarray:
-    """In float64, from the same 16-bit numbers; heads of the new token (B, H·d), keys and values before it as stored."""
+    """In float64, from the same 16-bit numbers: (B, H·d)."""
     numbers = {name: np.array(x.astype(mx.float32), np.float64) for name, x in given.items()}
     H, K, d = case.heads, case.kv_heads, case.head_dim
     rows = []

@@ -42,8 +42,8 @@ WARPS = 8
 _QUERIES = 16
 """That meet the prompt's keys at once: of so many rows times heads of a group."""
 _ITEMS_WANTED = 132
-"""Blocks of that kernel, one for each multiprocessor of an H100: with fewer, a block takes fewer rows of a prompt, and a
-long context is split among several."""
+"""Blocks of that kernel, one for each multiprocessor of an H100: with fewer, a block takes fewer rows of a prompt, and
+a long context is split among several."""
 _HALF_SHARED = 113 * 1024
 """Bytes that a block may share where two are at work on a multiprocessor of Hopper."""
 _TWO_BLOCKS = f"""
@@ -77,12 +77,12 @@ SIGNATURES = {
 
 @cache
 def kernel(name: str, shared_memory: int = 0) -> Any:
-    """That of the source `name`.cu, as MLX calls it. `shared_memory`: bytes of a block; kernels that differ in them have
-    other template values, too."""
+    """That of the source `name`.cu, as MLX calls it. `shared_memory`: bytes of a block; kernels that differ in them
+    have other template values, too."""
     inputs, outputs = SIGNATURES[name]
     headers = (SOURCES / "attend.cuh",) if name == "attend_by_units" else ()
     bound = _TWO_BLOCKS if 0 < shared_memory <= _HALF_SHARED else ""
-    return mx.fast.cudakernel(
+    return mx.fast.cuda_kernel(
         name=f"troupe_{name}",
         input_names=inputs,
         output_names=outputs,
@@ -178,7 +178,8 @@ def attend(
     `scales` (H + K, d) of the norms of queries and keys, None where there are none; `turn`: cosines and sines (S, d/2)
     of its position in float32; `prompts`: keys and values (S, K, P, d); `own` (B, 2·K, N, d): keys before values, of
     which the first `step` (1,) int32 places are taken; `lengths` (S,) int32 of the prompts; `constants` float32:
-    (norms' ε, scale of the scores, the plan's `together`); `window`: how many tokens the new one sees at most, itself among them.
+    (norms' ε, scale of the scores, the plan's `together`); `window`: how many tokens the new one sees at most, itself
+    among them.
     """
     (B, wide), (_, K, _, d) = qkv.shape, prompts[0].shape
     R, splits = wide // d // K - 2, plan.splits

@@ -52,8 +52,8 @@ def serves(layer: Layer, x: mx.array) -> bool:
 
 
 def new_counter() -> mx.array:
-    """What `through_layer` counts in, zeros (256,) uint32: MLX keeps arrays of a few bytes in the host's memory, where a
-    meeting of the grid takes a hundred times as long."""
+    """What `through_layer` counts in, zeros (256,) uint32: MLX keeps arrays of a few bytes in the host's memory, where
+    a meeting of the grid takes a hundred times as long."""
     counter = mx.zeros((256,), mx.uint32)
     mx.eval(counter)
     return counter
@@ -73,8 +73,8 @@ def through_layer(
     """The new token of every row (B, D) → (B, D) behind the layer.
 
     What is written in place, and what the other arguments are: as for `cuda_kernels.attend`. `counter`: of
-    `new_counter`, known to these calls alone. The grid counts in its first place how often it met, which may be 2³² over
-    the number of blocks times.
+    `new_counter`, known to these calls alone. The grid counts in its first place how often it met, which may be 2³²
+    over the number of blocks times.
     """
     config = layer.config
     H, K, d, F = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.intermediate_size

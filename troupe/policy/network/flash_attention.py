@@ -11,7 +11,7 @@ once.
 Shapes: N packed tokens in R rows of at most S places, H query heads, K key/value heads, d head size.
 """
 
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -149,6 +149,16 @@ def _padded(S: int) -> int:
     return -(-S // _PAD) * _PAD
 
 
+@lru_cache(64)
+def _limits(places: int, window: int | None) -> mx.array:
+    return mx.array([places if window is None else min(window, places), places], mx.int32)
+
+
+@lru_cache(64)
+def _scale(scale: float) -> mx.array:
+    return mx.array([scale])
+
+
 def _launch(
     name: str,
     inputs: list[mx.array],
@@ -165,9 +175,8 @@ def _launch(
     `of_scores`: their scale, and the window."""
     d, dtype = inputs[0].shape[-1], inputs[0].dtype
     (scale, window), warps = of_scores, _WARPS[name]
-    limits = [rows.places if window is None else min(window, rows.places), rows.places]
     found: list[mx.array] = _kernel(name, tiles * d * dtype.size + beside)(
-        inputs=[*inputs, rows.spans, mx.array(limits, mx.int32), mx.array([scale])],
+        inputs=[*inputs, rows.spans, _limits(rows.places, window), _scale(scale)],
         template=[("T", dtype), ("SIZE", d), ("WARPS", warps), *numbers],
         grid=(-(-rows.places // (16 * warps)) * 32 * warps, heads, rows.spans.shape[0]),
         threadgroup=(32 * warps, 1, 1),
