@@ -103,3 +103,29 @@ def test_hidden_states_are_those_of_the_plain_cache(case: Case, monkeypatch: pyt
     monkeypatch.setenv("EMULATED_SEED", "4")
     (again,) = decoded(case, policy, [CudaDecodingCache], 3)
     assert all(mx.array_equal(a, b).item() for a, b in zip(ours, again, strict=True)), "in any order of blocks"
+
+
+@pytest.mark.parametrize("others", [1, 8, 16, 33])
+def test_what_a_row_gives_does_not_depend_on_how_many_others_there_are(
+    others: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where each is of a prompt of its own: of one prompt's rows some are attended to together."""
+    monkeypatch.setattr(cuda_layer, "multiprocessors", lambda: 3)
+    case = Case((9, *[4, 20] * 17), 1)
+    policy = policy_of(case)
+    fused = fusing.fuse_projections(policy.config, policy.weights)
+    dice = random.Random(1)
+    ids = mx.array([[dice.randrange(64) for _ in range(20)] for _ in case.lengths])
+    read = PromptCache(case.lengths)
+    mx.eval(hidden_states(policy.config, fused, ids, attention=read), read.keys, read.values)
+    tokens = [mx.array([dice.randrange(64) for _ in case.lengths]) for _ in range(3)]
+
+    def first_row(rows: int) -> list[mx.array]:
+        prompt = PromptCache(case.lengths[:rows])
+        prompt.keys = [mx.contiguous(keys[:rows]) for keys in read.keys]
+        prompt.values = [mx.contiguous(values[:rows]) for values in read.values]
+        cache = CudaDecodingCache(prompt, 1, 100)
+        return [cache.forward(policy.config, fused, token[:rows])[0] for token in tokens]
+
+    assert all(mx.array_equal(a, b).item() for a, b in zip(first_row(1), first_row(1 + others), strict=True))
+    assert cuda_layer._kernel.cache_info().misses, "by the kernel"

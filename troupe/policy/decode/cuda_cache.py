@@ -60,6 +60,8 @@ class CudaDecodingCache(DecodingCache):
         x = embedded(config, weights, ids)
         for index in range(config.num_hidden_layers):
             self._make_room(index, x.dtype)
+        if self.length and self.length % BLOCK == 0:  # long before the old one comes to its end
+            self._counter = cuda_layer.new_counter()
         plans = _plans(config, (len(ids), self.width), x.dtype, max(self._prompt_lengths) + self.length)
         shape = plans, self._own[0].shape
         if shape != self._shape:
