@@ -39,6 +39,7 @@ CASES = [
     Case((7, 3), 1, hidden=1056, inside=4160, blocks=4),
     Case((3, 4, 5, 6), 16, hidden=64, blocks=5),
     Case((3,), 40, hidden=1056, inside=2080, blocks=2),
+    Case((3, 9), 64, hidden=64, blocks=9),
 ]
 
 
@@ -105,13 +106,13 @@ def test_hidden_states_are_those_of_the_plain_cache(case: Case, monkeypatch: pyt
     assert all(mx.array_equal(a, b).item() for a, b in zip(ours, again, strict=True)), "in any order of blocks"
 
 
-@pytest.mark.parametrize("others", [1, 8, 16, 33])
+@pytest.mark.parametrize("others", [1, 8, 16, 33, 99])
 def test_what_a_row_gives_does_not_depend_on_how_many_others_there_are(
     others: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where each is of a prompt of its own: of one prompt's rows some are attended to together."""
-    monkeypatch.setattr(cuda_layer, "multiprocessors", lambda: 3)
-    case = Case((9, *[4, 20] * 17), 1)
+    monkeypatch.setattr(cuda_layer, "multiprocessors", lambda: 6)
+    case = Case((9, *[4, 20] * 50), 1)
     policy = policy_of(case)
     fused = fusing.fuse_projections(policy.config, policy.weights)
     dice = random.Random(1)
