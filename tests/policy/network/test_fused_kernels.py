@@ -7,9 +7,15 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from tests.support.devices import compute_on
 from tests.support.emulated_cuda import EmulatedKernel
-from troupe.policy.network import fused_kernels
+from tests.support.tiny import small_network
+from troupe.policy.gradient.backward import completion_gradients, completion_statistics, side_by_side
+from troupe.policy.network import fused_kernels, head, rotation
 from troupe.policy.network.fused_kernels import row_sums, swiglu_gradients, turned_heads, turned_heads_gradient
+from troupe.policy.network.fusing import fuse_projections
+from troupe.policy.network.head import TokenStatistics
+from troupe.policy.network.tensors import init_weights
 
 pytestmark = [
     pytest.mark.slow,
@@ -76,3 +82,39 @@ def test_gradient_of_swiglu() -> None:
     exact = [x.astype(mx.float32) for x in (gate, up, z_grad)]
     _, grads = mx.vjp(lambda g, u: g * mx.sigmoid(g) * u, exact[:2], exact[2:])
     _same(swiglu_gradients(gate, up, z_grad), mx.concatenate(grads, axis=-1))
+
+
+def test_the_cotangent_of_heads_may_be_one_number_for_all() -> None:
+    x, tables = _random(1, 5, 2, 64), (mx.ones((5, 32)), mx.full((5, 32), 0.5))
+    exact = mx.grad(lambda x: mx.sum(_turned(*tables, normalized=False)(x, mx.ones(64))))(x.astype(mx.float32))
+    _same(mx.grad(lambda x: mx.sum(turned_heads(x, None, 1e-6, *tables)))(x), exact)
+
+
+def test_what_kernels_do_not_know_goes_by_mlx(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (fused_kernels, head):
+        monkeypatch.setattr(module, "has_kernels", lambda: True)
+    monkeypatch.setattr(head, "row_sums", lambda logits, scale: pytest.fail("a launch without blocks"))
+    assert [x.shape for x in head._sums(mx.zeros((0, 8)), 1.0)] == [(0,)] * 3
+    gate = mx.zeros((1, 2, 16), mx.bfloat16)
+    assert fused_kernels.gates_back(gate, gate, gate)
+    assert not fused_kernels.gates_back(gate, gate, gate.astype(mx.float32))
+    assert not fused_kernels.gates_back(gate[..., :12])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_joined_networks_foretell_in_the_bits_of_their_gradient(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compute_on(monkeypatch, cpu=False)
+    for module in (fused_kernels, head, rotation):
+        monkeypatch.setattr(module, "has_kernels", lambda: True)
+    config = small_network(model_type=family, head_dim=64, initializer_range=0.3)
+    weights = fuse_projections(config, init_weights(config, mx.random.key(3), dtype=mx.bfloat16))
+    rows = [[5, 6, 7], [5, 6, 7]], [[1, 2, 3], [4]]
+    found = completion_statistics(config, weights, *rows).log_probs
+
+    def loss(statistics: TokenStatistics) -> tuple[mx.array, mx.array]:
+        return statistics.log_probs.sum(), statistics.log_probs
+
+    values: list[Any] = []
+    for _ in side_by_side([completion_gradients(config, weights, *rows, loss)], (), values):
+        pass
+    assert mx.array_equal(values[0][1], found)

@@ -55,7 +55,7 @@ def back_through_mlp(back: Back, layer: Layer, x: mx.array, kept: KeptMlp, y_gra
     if kept.routed is not None:
         return _back_through_experts(back, layer, h[0], kept, kept.routed, y_grad[0])[None]
     z_grad = back.product("mlp.down_proj", gated(family.activation, kept.gate, kept.up), y_grad)
-    if family.activation == "silu" and gates_back(kept.gate):
+    if family.activation == "silu" and gates_back(kept.gate, kept.up, z_grad):
         both = swiglu_gradients(kept.gate, kept.up, z_grad)
         is_joined = len(layer.parts(GATE_UP)) == 1
         return back.products(GATE_UP, h, [both] if is_joined else list(mx.split(both, 2, axis=-1)))

@@ -296,7 +296,8 @@ class Layer:
     def rotated_inputs(self, x: mx.array, rotate: Rotation) -> tuple[mx.array, mx.array, mx.array, mx.array | None]:
         """(B, T, D) → queries, keys and values (B, heads, T, d), normalized and rotated, and gates (B, T, H, d)."""
         H, K, qk_norm = self.config.num_attention_heads, self.config.num_key_value_heads, self.family.qk_norm
-        if (f"{self._prefix}{QK_NORM}.weight" if qk_norm else f"{self._prefix}{QKV}.weight") not in self._weights:
+        is_joined = f"{self._prefix}{QK_NORM if qk_norm else QKV}.weight" in self._weights
+        if not is_joined or rotate.turns_packed:  # the latter as the learner's gradient does, in the same bits
             q, k, v, *gate = self.attention_inputs(x)
             return *self.turned(q, k, rotate), v.swapaxes(1, 2), gate[0] if gate else None
         qkv = self._heads(self.joined_inputs(QKV, self.normalized("input_layernorm", x)))

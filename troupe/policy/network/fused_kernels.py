@@ -61,7 +61,8 @@ def turned_heads(x: mx.array, scale: mx.array | None, eps: float, cosines: mx.ar
     @turned.vjp
     def vjp(primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array) -> Any:
         x, scale = primals
-        of_x, of_scale = turned_heads_gradient(x, scale if normalized else None, eps, cosines, sines, cotangent)
+        y_grad = mx.contiguous(cotangent)  # of a sum it is one number for all
+        of_x, of_scale = turned_heads_gradient(x, scale if normalized else None, eps, cosines, sines, y_grad)
         return of_x, mx.zeros_like(scale) if of_scale is None else of_scale
 
     normalized = scale is not None
@@ -99,9 +100,10 @@ def row_sums(logits: mx.array, scale: float) -> tuple[mx.array, mx.array, mx.arr
     return sums[:, 0], sums[:, 1], sums[:, 2]
 
 
-def gates_back(gate: mx.array) -> bool:
-    """Whether `swiglu_gradients` takes gates of that type and size."""
-    return has_kernels() and gate.dtype in _TYPES and gate.shape[-1] % 8 == 0
+def gates_back(gate: mx.array, *others: mx.array) -> bool:
+    """Whether `swiglu_gradients` takes gates of that type and size, with `others` of the same type."""
+    known = gate.dtype in _TYPES and gate.shape[-1] % 8 == 0 and all(x.dtype == gate.dtype for x in others)
+    return known and has_kernels()
 
 
 def swiglu_gradients(gate: mx.array, up: mx.array, z_grad: mx.array) -> mx.array:

@@ -4,7 +4,7 @@ import mlx.core as mx
 
 from troupe.policy.network.architecture import NetworkConfig
 from troupe.policy.network.elementwise import WORTHWHILE, compiled, is_on_cpu
-from troupe.policy.network.fused_kernels import turns_heads
+from troupe.policy.network.fused_kernels import has_kernels, turns_heads
 from troupe.policy.network.rotary import Rope, attention_factor, inverse_frequencies
 
 _FEWEST = 32
@@ -47,11 +47,17 @@ class Rotation:
             angles = positions[..., None].astype(mx.float32) * frequencies  # (T or B·1·T, d/2)
             self._cos, self._sin = mx.cos(angles) * self._factor, mx.sin(angles) * self._factor
 
+    @property
+    def turns_packed(self) -> bool:
+        """Whether there is a position for every token, and kernels of our own for tokens that are so packed."""
+        return isinstance(self._offset, mx.array) and self._offset.ndim == 2 and has_kernels()
+
     def tables(self, x: mx.array, scale: mx.array | None) -> tuple[mx.array, mx.array] | None:
         """Cosines and sines, float32 (T, d/2) each, where `turned_heads` is to turn x (1, T, heads, d) with a position
         for every token; else None."""
-        if not isinstance(self._offset, mx.array) or self._offset.ndim != 2 or not turns_heads(x, scale, self._d):
+        if not self.turns_packed or not turns_heads(x, scale, self._d):
             return None
+        assert isinstance(self._offset, mx.array)
         if self._of_tokens is None:
             angles = self._offset.reshape(-1, 1).astype(mx.float32) * self._frequencies
             self._of_tokens = mx.cos(angles) * self._factor, mx.sin(angles) * self._factor
