@@ -2,7 +2,9 @@
 
 import ctypes
 import hashlib
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -13,11 +15,12 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import pytest
 
 from troupe.policy.cuda import cuda_header
 
 _HEADER = Path(__file__).with_name("emulated_cuda.h")
-_BUILT = Path(tempfile.gettempdir()) / "emulated-cuda"
+_BUILT = Path(tempfile.gettempdir()) / f"emulated-cuda-{os.getuid()}"
 _TYPES = {
     mx.float32: "float",
     mx.bfloat16: "__nv_bfloat16",
@@ -48,6 +51,8 @@ class EmulatedKernel:
         ensure_row_contiguous: bool = True,
         shared_memory: int = 0,
     ) -> None:
+        if sys.platform != "linux" or shutil.which("g++") is None:
+            pytest.skip("kernels are run on a processor where there are Linux and g++")
         self._name, self._inputs, self._outputs, self._source = name, tuple(input_names), tuple(output_names), source
         self._contiguous, self._shared = ensure_row_contiguous, shared_memory
         self._header = (
@@ -196,19 +201,19 @@ def _address(x: mx.array) -> int:
 
 @cache
 def _built(code: str) -> Any:
-    _BUILT.mkdir(exist_ok=True)
+    _BUILT.mkdir(mode=0o700, exist_ok=True)
     key = hashlib.sha256((code + _HEADER.read_text()).encode()).hexdigest()[:24]
     library = _BUILT / f"{key}.so"
     if not library.exists():
-        source = _BUILT / f"{key}.cpp"
+        source = _BUILT / f"{key}-{os.getpid()}.cpp"  # another process may build the same
         source.write_text(code)
         command = ["g++", "-std=c++20", "-O1", "-fPIC", "-shared", "-w", "-ffp-contract=off"]
-        command += [str(source), "-o", f"{library}.new"]
+        command += [str(source), "-o", f"{library}-{os.getpid()}"]
         built = subprocess.run(command, capture_output=True, text=True, check=False)
         if built.returncode:
             sys.stderr.write(built.stderr[:4000])
             raise RuntimeError("the kernel does not compile")
-        Path(f"{library}.new").rename(library)
+        Path(f"{library}-{os.getpid()}").rename(library)
     run = ctypes.CDLL(str(library)).run
     run.restype = ctypes.c_char_p
     return run
