@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +23,7 @@ def config_of(**teacher: Any) -> RunConfig:
     return load_config(None, [table | {"rewards": {"functions": ["char_count"]}}])
 
 
-def shown(rows: list[dict[str, Any]], config: RunConfig, *, acts: bool = False, positions: int = 9999) -> list[Any]:
+def shown(rows: list[dict[str, Any]], config: RunConfig, *, acts: bool = False) -> list[Any]:
     """The prompts that are told in ids, for which their lengths stand here."""
     told: list[Any] = []
 
@@ -32,9 +31,8 @@ def shown(rows: list[dict[str, Any]], config: RunConfig, *, acts: bool = False, 
         told.extend(row.prompt for row in dataset)
         return [tuple(range(len(str(row.prompt)))) for row in dataset]
 
-    policy: Any = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=positions))
     dataset = PromptDataset.from_numbered(((i + 1, row) for i, row in enumerate(rows)), "d.jsonl", config.data)
-    demonstrated_prompts(config, dataset, tokenize, policy, acts=acts)
+    demonstrated_prompts(config, dataset, tokenize, acts=acts)
     return told
 
 
@@ -58,7 +56,8 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str]] = {
         {},
         "d.jsonl:1: row 0: the conversation does not end with a text of the user",
     ),
-    "too long": ([GOOD, GOOD | {"privileged_context": "2" * 60}], {"positions": 300}, "d.jsonl:2: .* has 65 tokens"),
+    "parts": ([GOOD | {"privileged_context": [{"content": [{"text": "2"}]}]}], {}, "d.jsonl:1: .*nor messages whose"),
+    "texts": ([GOOD | {"privileged_context": ["2"]}], {}, "d.jsonl:1: .*nor messages whose"),
     "acting": ([GOOD], {"acts": True}, "acts in an environment"),
 }
 

@@ -39,7 +39,7 @@ def anchor_paths(table: dict[str, Any], base: Path) -> None:
             data |= {key: moved_demo_file(anchored_source(source, base)) for key, source in named.items()}
     sft = table.get("sft")
     if isinstance(sft, dict) and isinstance(sft.get("eval_dataset"), str):
-        sft["eval_dataset"] = anchored_source(sft["eval_dataset"], base)
+        sft["eval_dataset"] = moved_demo_file(anchored_source(sft["eval_dataset"], base))
     rewards = table.get("rewards")
     if isinstance(rewards, dict) and isinstance(rewards.get("functions"), list | tuple):
         rewards["functions"] = [anchored_reward(spec, base) for spec in rewards["functions"]]

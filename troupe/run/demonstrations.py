@@ -11,8 +11,8 @@ from troupe.actors.teacher.own import first_average
 from troupe.actors.teacher.settings import PRIVILEGED_CONTEXT, PROMPT, TeacherConfig
 from troupe.checkpoint import Checkpoint
 from troupe.dataset import PromptDataset
-from troupe.dataset.rows import PromptRow
-from troupe.errors import ConfigError, DatasetError
+from troupe.dataset.rows import PromptRow, kind_of_value
+from troupe.errors import CheckpointError, ConfigError, DatasetError
 from troupe.messages import PromptText
 from troupe.policy import Policy, Weights
 from troupe.run.config import RunConfig
@@ -24,7 +24,6 @@ def demonstrated_prompts(
     config: RunConfig,
     rows: PromptDataset,
     tokenize: Callable[[PromptDataset], list[tuple[int, ...]]],
-    policy: Policy,
     *,
     acts: bool,
 ) -> tuple[tuple[int, ...], ...] | None:
@@ -52,13 +51,6 @@ def demonstrated_prompts(
         prompts = tokenize(PromptDataset(shown, rows.source))
     except DatasetError as error:
         raise DatasetError(f"{error} (it is told with its {column!r}, by teacher.prompt_template)") from error
-    room = policy.config.max_position_embeddings - config.generation.max_completion_length
-    for row, ids in zip(rows, prompts, strict=True):
-        if len(ids) > room:
-            raise DatasetError(
-                f"{_where(rows, row)}: the prompt has {len(ids)} tokens with its {column!r}, and {room} fit beside a "
-                "completion; shorten that, or lower generation.max_completion_length"
-            )
     return tuple(prompts)
 
 
@@ -69,7 +61,7 @@ def _where(rows: PromptDataset, row: PromptRow) -> str:
 def _shown(row: PromptRow, teacher: TeacherConfig, where: str) -> PromptText:
     """The prompt by the template; of a conversation its last message, which must be the user's."""
     column = teacher.privileged_context_column
-    context = _as_text(row.columns[column])
+    context = _as_text(row.columns[column], column, where)
     if not context:
         raise DatasetError(
             f"{where} has nothing in the column {column!r}, which the policy is to see as its own teacher; give it a "
@@ -92,26 +84,46 @@ def _filled(template: str, prompt: str, context: str) -> str:
     return _PLACES.sub(lambda found: texts[found[0]], template)
 
 
-def _as_text(value: Any) -> str:
+def _as_text(value: Any, column: str, where: str) -> str:
     """A text or a number as it is, of messages what they say, one below the other; "" for nothing."""
     if value is None:
         return ""
-    if isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(each, dict) for each in value):
-        return "\n".join(str(each["content"]) for each in value if each.get("content"))
-    return str(value)
+    if isinstance(value, str | int | float):
+        return str(value)
+    contents = [each.get("content") for each in value if isinstance(each, dict)] if isinstance(value, Sequence) else []
+    if len(contents) != len(value) or not all(isinstance(said, str | None) for said in contents):
+        raise DatasetError(
+            f"{where} has {kind_of_value(value)} in the column {column!r}, which is neither a text, nor a number, nor "
+            "messages whose contents are texts; write one of them"
+        )
+    return "\n".join(said for said in contents if said)
 
 
 def average_to_begin(
-    settings: TeacherConfig, begun: Policy, checkpoint: Checkpoint | None, *, warmed: bool
+    settings: TeacherConfig, begun: Policy, checkpoint: Checkpoint | None, *, warm_steps: int
 ) -> Weights | None:
     """`LearnerState.average` of a run that begins, or goes on from a checkpoint. `begun`: the policy that it
-    began with. `warmed`: it began with supervised steps, after which alone a policy teaches itself."""
+    began with. `warm_steps`: the supervised ones before others, after which alone a policy teaches itself.
+    CheckpointError where it is to do so with weights that nothing holds."""
     weights = begun.weights
     if checkpoint is not None:
         if settings.model_kind == "ema":
             weights = checkpoint.weights if checkpoint.average is None else checkpoint.average
-        elif warmed and checkpoint.average is not None:
-            weights = {name: checkpoint.average[name].astype(own.dtype) for name, own in weights.items()}
+        elif settings.model_kind == "base" and 0 < warm_steps <= checkpoint.state.version:
+            weights = _warmed(checkpoint, begun, is_newest=checkpoint.state.version == warm_steps)
     average = first_average(settings, weights)
     mx.eval(list((average or {}).values()))
     return average
+
+
+def _warmed(checkpoint: Checkpoint, begun: Policy, *, is_newest: bool) -> Weights:
+    """What a warm start ended with, in the policy's types: the newest weights, or what taught all the time since."""
+    if is_newest:
+        return checkpoint.weights
+    made = checkpoint.made.config.get("teacher", {}).get("model_kind", "base")
+    if checkpoint.average is None or made != "base":
+        raise CheckpointError(
+            'teacher.model_kind is "base", which is the policy that the warm start ended with, and the checkpoint of '
+            f"step {checkpoint.state.version} was made without it; leave it as it was, or begin a run from that policy"
+        )
+    return {name: checkpoint.average[name].astype(own.dtype) for name, own in begun.weights.items()}

@@ -85,8 +85,9 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
     acting_setup: ActingSetup | None = None
     """Where the policy acts; None: it answers once."""
     teachers: LoadedTeachers | None = None
-    demonstrated: tuple[tuple[int, ...], ...] | None = None
     """With their arrays."""
+    demonstrated: tuple[tuple[int, ...], ...] | None = None
+    """Row → ids of its prompt as a policy that teaches itself sees it then."""
     calls: Calls | None = None
     """Rewards and environments on workers; None: no worker can join the run."""
     total_steps: int
@@ -155,10 +156,10 @@ def load_inputs(
     notices += _best_by(config, rewards, sets, resumption)
     early_stop(config, sets)
     sampled = prompt_ids if is_sampled else [ids for each in sets for ids in each.prompt_ids]
-    longest = max(map(len, sampled), default=1)
-    config, lowered = _fit_completions(config, policy.config.max_position_embeddings, longest if sampled else 0)
-    opened, first_row = partial(opened_thought, policy.tokenizer), (dataset[0].prompt, prompt_ids[0])
-    notices += lowered + supervised_notices(supervised) + _about(config, policy, opened(*first_row))
+    shown = demonstrated_prompts(config, dataset, tokenize, acts=world is not None)
+    config, told = _fit_completions(config, policy.config.max_position_embeddings, [*sampled, *(shown or ())])
+    opened, longest = partial(opened_thought, policy.tokenizer), max(map(len, sampled), default=1)
+    notices += told + supervised_notices(supervised) + _about(config, policy, opened(dataset[0].prompt, prompt_ids[0]))
     if acting_setup is not None:
         acting_setup = acting_setup.within(longest, config.generation.max_completion_length)
         notices += acting_setup.notices(config)
@@ -179,7 +180,7 @@ def load_inputs(
         longest_prompt=longest,
         acting_setup=acting_setup,
         teachers=teachers_of(config.teacher, policy, dataset),
-        demonstrated=demonstrated_prompts(config, dataset, tokenize, policy, acts=world is not None),
+        demonstrated=shown,
         calls=calls,
         total_steps=total_steps,
         description=_described(supervised, trained, prompt_ids, sets, policy),
@@ -333,12 +334,13 @@ def _best_by(
     return [] if told is None else [told]
 
 
-def _fit_completions(config: RunConfig, positions: int, longest_prompt: int) -> tuple[RunConfig, list[str]]:
-    """With completions no longer than there is room for, and what to tell of that. `longest_prompt` 0: none is
-    sampled."""
-    asked = config.generation.max_completion_length
+def _fit_completions(
+    config: RunConfig, positions: int, prompts: Sequence[Sequence[int]]
+) -> tuple[RunConfig, list[str]]:
+    """With completions no longer than there is room for behind `prompts`, and what to tell of that."""
+    asked, longest_prompt = config.generation.max_completion_length, max(map(len, prompts), default=0)
     room = positions - longest_prompt
-    if asked <= room or not longest_prompt:
+    if asked <= room or not prompts:
         return config, []
     generation = msgspec.structs.replace(config.generation, max_completion_length=room)
     notice = (

@@ -284,7 +284,7 @@ def start_run(folder: Path, config: RunConfig, inputs: Inputs, resumption: Resum
         evaluated=evaluated,
         untrained=policy.weights if lacks_untrained else None,
         reference=_reference(config, inputs, policy, checkpoint),
-        average=average_to_begin(config.teacher, policy, checkpoint, warmed=inputs.supervised is not None),
+        average=average_to_begin(config.teacher, policy, checkpoint, warm_steps=inputs.warm_steps),
         optimizer_state=optimizer_state,
         checkpoint=checkpoint,
         restored=_restored(checkpoint, config, inputs),

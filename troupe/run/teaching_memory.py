@@ -36,11 +36,12 @@ def teaching_bytes(config: RunConfig, work: Workload) -> dict[str, int]:
 
 def held_bytes(config: RunConfig, work: Workload, *, overlap: bool) -> dict[str, int]:
     """The weights of teachers, or of a policy that teaches itself, by their names; `overlap`: older ones are being
-    written meanwhile. Those that the run began with are there as the reference already, where one stays at them."""
+    written meanwhile. Those that the run began with are there as the reference already, where one stays at them; behind
+    a warm start both are in checkpoints, and read from there."""
     if work.teachers:
         return {"teacher": sum(map(teacher_bytes, work.teachers))}
     kind, learner = config.teacher.model_kind, config.learner
-    is_there = learner.beta != 0.0 and not learner.sync_ref_model
+    is_there = learner.beta != 0.0 and not learner.sync_ref_model and work.supervised is None
     if kind in (None, "live") or (kind == "base" and is_there):
         return {}
     return {"weights as a teacher": (2 if overlap and kind == "ema" else 1) * _average_bytes(config, work)}

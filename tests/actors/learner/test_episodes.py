@@ -138,11 +138,12 @@ def test_a_step_learns_from_sampled_tokens_alone(tiny_model: Path) -> None:
             policy.weights, adamw_init(policy.weights), batch, log_probs, config, lr=1e-2, max_completion_length=16
         )
         assert result.updated
-        return result.weights
+        return result.optimizer_state
 
     first, other = trained(), trained(40, 41, 42)
     for name, value in first.items():
-        np.testing.assert_allclose(np.array(value), np.array(other[name]), atol=2e-5, err_msg=name)
+        scale = float(mx.abs(value).max()) or 1.0
+        np.testing.assert_allclose(np.array(other[name]) / scale, np.array(value) / scale, atol=2e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "sapo"])

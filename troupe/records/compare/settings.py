@@ -9,7 +9,7 @@ import msgspec
 Settings = dict[str, Any]
 """Dotted key → value; keys that are not said are not there."""
 
-_OF_ONE_RUN = ("seed", "output", "data.eval_path")
+_OF_ONE_RUN = ("seed", "output", "data.eval_path", "sft.eval_dataset", "sft.eval_steps")
 """What may differ between runs of one configuration."""
 _BESIDE_TRAINING = ("metrics", "daemon", "checkpoint", "evaluation")
 """Sections that say nothing of what is learned."""
