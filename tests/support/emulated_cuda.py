@@ -2,6 +2,7 @@
 
 import ctypes
 import hashlib
+import os
 import re
 import subprocess
 import sys
@@ -200,15 +201,15 @@ def _built(code: str) -> Any:
     key = hashlib.sha256((code + _HEADER.read_text()).encode()).hexdigest()[:24]
     library = _BUILT / f"{key}.so"
     if not library.exists():
-        source = _BUILT / f"{key}.cpp"
+        source = _BUILT / f"{key}-{os.getpid()}.cpp"  # others may be building the same
         source.write_text(code)
         command = ["g++", "-std=c++20", "-O1", "-fPIC", "-shared", "-w", "-ffp-contract=off"]
-        command += [str(source), "-o", f"{library}.new"]
+        command += [str(source), "-o", f"{source}.so"]
         built = subprocess.run(command, capture_output=True, text=True, check=False)
         if built.returncode:
             sys.stderr.write(built.stderr[:4000])
             raise RuntimeError("the kernel does not compile")
-        Path(f"{library}.new").rename(library)
+        Path(f"{source}.so").rename(library)
     run = ctypes.CDLL(str(library)).run
     run.restype = ctypes.c_char_p
     return run
