@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -129,9 +131,10 @@ def test_bits_do_not_depend_on_the_order_of_blocks_and_warps(monkeypatch: pytest
     assert all(mx.array_equal(a, b).item() for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
-def test_packed_rows_attend_by_them_as_by_mlx(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("window", [None, 30])
+def test_packed_rows_attend_by_them_as_by_mlx(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     compute_on(monkeypatch, cpu=False)
-    prompts, completions = [[1] * 70, [1] * 70, [2] * 5], [[3] * 20, [4] * 60, [5] * 2]
+    prompts, completions = [[1] * 70] * 3 + [[2] * 5] * 2, [[3] * 20, [], [4] * 60, [5] * 2, [6]]
     sizes = [(4, 64), (2, 64), (2, 64)]
 
     def attended() -> list[mx.array]:
@@ -140,7 +143,7 @@ def test_packed_rows_attend_by_them_as_by_mlx(monkeypatch: pytest.MonkeyPatch) -
         q, k, v = (mx.random.normal((1, heads, N, d), key=mx.random.key(heads + d)) for heads, d in sizes)
         o_grad = mx.random.normal(q.shape, key=mx.random.key(0))
         q, k, v, o_grad = (x.astype(mx.float16) for x in (q, k, v, o_grad))
-        o, grads = mx.vjp(lambda q, k, v: packing.attend(0, q, k, v, 0.1), [q, k, v], [o_grad])
+        o, grads = mx.vjp(lambda q, k, v: packing.attend(0, q, k, v, 0.1, window), [q, k, v], [o_grad])
         return [*o, *grads]
 
     by_mlx = attended()
@@ -171,3 +174,20 @@ def test_who_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not can_serve(128, mx.float32)
     monkeypatch.setattr(mx.cuda, "is_available", lambda: False)
     assert not can_serve(128, mx.bfloat16)
+
+
+@pytest.mark.parametrize(("d", "most"), [(64, 99 << 10), (128, 99 << 10), (256, 163 << 10)])
+def test_blocks_share_what_the_cards_that_are_served_have(d: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared: list[int] = []
+
+    def kernel(name: str, shared_bytes: int) -> Callable[..., list[mx.array]]:
+        shared.append(shared_bytes)
+        return lambda output_shapes, output_dtypes, **_: list(map(mx.zeros, output_shapes, output_dtypes))
+
+    monkeypatch.setattr(flash, "_kernel", kernel)
+    q, k = mx.zeros((9, 2, d), mx.bfloat16), mx.zeros((9, 1, d), mx.bfloat16)
+    rows = RowsOfTokens(mx.array([[0, 9, 9, 0, 0]], mx.int32), 9)
+    o, normalizers = flash_attention(q, k, k, rows, scale=1.0)
+    flash_gradient(q, k, k, rows, o, o, normalizers, scale=1.0)
+    assert len(shared) >= 3
+    assert max(shared) <= most
