@@ -26,6 +26,7 @@ class Case(NamedTuple):
     kv_heads: int = 2
     head_dim: int = 64
     norms: bool = True
+    wide_norms: bool = False  # what they multiply by is float32, whatever the rest
     window: int | None = None
     splits: int = 1
     together: int = 0  # 0: as planned
@@ -42,6 +43,7 @@ CASES = [
     Case((60, 25), 3, 30, window=20),
     Case((60, 25), 3, 8, window=17),
     Case((300, 90), 2, 60, splits=3),
+    Case((25, 6), 2, 9, wide_norms=True),
     Case((140, 17), 8, 21, together=8),
     Case((33,), 9, 40, together=5, norms=False),
 ]
@@ -85,6 +87,8 @@ def arrays(case: Case, dtype: mx.Dtype) -> dict[str, mx.array]:
         "own": (B, 2 * case.kv_heads, N, d),
     }
     made = {name: mx.random.normal(shape).astype(dtype) for name, shape in shapes.items()}
+    if case.wide_norms:
+        made["scales"] = made["scales"].astype(mx.float32) + 1.0
     angles = mx.random.uniform(0, 6, (S, d // 2))
     made |= {"cosines": mx.cos(angles), "sines": mx.sin(angles)}
     made["own"] = mx.where(mx.arange(N)[:, None] < case.own, made["own"], mx.nan).astype(dtype)

@@ -15,6 +15,7 @@ from troupe.policy.decode.cache import DecodingCache, PromptCache
 from troupe.policy.decode.cuda_cache import CudaDecodingCache
 from troupe.policy.model import Policy
 from troupe.policy.network import fusing
+from troupe.policy.network.linear import A, B
 
 pytestmark = pytest.mark.slow  # each kind of head is compiled
 
@@ -70,9 +71,15 @@ def policy_of(case: Case) -> Policy:
     return random_policy(config, dtype=case.dtype)
 
 
-def decoded(case: Case, policy: Policy, kinds: list[type[DecodingCache]], steps: int) -> list[list[mx.array]]:
-    """Hidden states after each step, by each kind of cache."""
-    fused = fusing.fuse_projections(policy.config, policy.weights)
+def decoded(
+    case: Case,
+    policy: Policy,
+    kinds: list[type[DecodingCache]],
+    steps: int,
+    beside: dict[str, mx.array] | None = None,
+) -> list[list[mx.array]]:
+    """Hidden states after each step, by each kind of cache. `beside`: an adapter."""
+    fused = fusing.fuse_projections(policy.config, policy.weights) | (beside or {})
     dice = random.Random(0)
     prompts = [[dice.randrange(64) for _ in range(n)] for n in case.lengths]
     ids = mx.array([[*prompt, *[0] * (max(case.lengths) - len(prompt))] for prompt in prompts])
@@ -104,6 +111,22 @@ def test_hidden_states_are_those_of_the_plain_cache(case: Case, monkeypatch: pyt
     monkeypatch.setenv("EMULATED_SEED", "4")
     (again,) = decoded(case, policy, [CudaDecodingCache], 3)
     assert all(mx.array_equal(a, b).item() for a, b in zip(ours, again, strict=True)), "in any order of blocks"
+
+
+def test_an_adapter_that_the_first_layer_has_nothing_of_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_layer, "multiprocessors", lambda: 3)
+    case = CASES[0]
+    policy, module = policy_of(case), "model.layers.1.mlp.down_proj"
+    beside = {
+        f"{module}{kind}.weight": mx.random.normal(shape, key=mx.random.key(3)).astype(mx.bfloat16)
+        for kind, shape in ((A, (4, case.inside)), (B, (case.hidden, 4)))
+    }
+    kinds = [DecodingCache, CudaDecodingCache]
+    plain, ours = (states[-1].astype(mx.float32) for states in decoded(case, policy, kinds, 2, beside))
+    (without,) = decoded(case, policy, [DecodingCache], 2)
+    scale = mx.max(mx.abs(plain))
+    assert (mx.max(mx.abs(plain - ours)) / scale).item() < 3e-2
+    assert (mx.max(mx.abs(plain - without[-1])) / scale).item() > 0.1
 
 
 @pytest.mark.parametrize("others", [1, 8, 16, 33, 99])

@@ -134,11 +134,12 @@ def _through_layers(
     To be compiled, which fuses nothing here, but takes down once what to launch.
     """
     family = config.family
-    whole = all(plan.splits == 1 for plan in plans.values()) and cuda_layer.serves(Layer(config, weights, 0), x)
+    layers = [Layer(config, weights, index) for index in range(config.num_hidden_layers)]
+    whole = all(plan.splits == 1 for plan in plans.values())
+    whole = whole and all(cuda_layer.serves(layer, x) for layer in layers)  # some may have adapters, or be packed
     numbers = config.rms_norm_eps, config.attention_scale
     constants = {window: mx.array([*numbers, plan.together]) for window, plan in plans.items()}
-    for index, (*prompts, own) in enumerate(zip(*kept, strict=True)):
-        layer = Layer(config, weights, index)
+    for layer, (*prompts, own) in zip(layers, zip(*kept, strict=True), strict=True):
         window, turn = layer.spec.window, turns[ropes.index(layer.spec.rope)]
         if whole:
             x = cuda_layer.through_layer(

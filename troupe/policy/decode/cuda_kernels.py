@@ -191,7 +191,7 @@ def attend(
     R, splits = wide // d // K - 2, plan.splits
     kind = qkv.dtype if splits == 1 else mx.float32
     template = [("T", qkv.dtype), ("O", kind), ("HEADS", R * K), ("KV", K), ("R", R), ("SIZE", d)]
-    template += [("WHOLE", splits == 1)]
+    template += [("WHOLE", splits == 1), ("SCALES", mx.float32 if scales is None else scales.dtype)]
     template += [("NORM", scales is not None), ("WINDOW", window or 0)]
     chosen = kernel("attend_by_sums")
     if plan.by_units:

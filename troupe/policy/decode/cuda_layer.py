@@ -42,6 +42,9 @@ def serves(layer: Layer, x: mx.array) -> bool:
         return False
     if _shared_bytes(config, _rows_at_once(len(x))) > shared_memory_limit():
         return False
+    scales = [layer.norm(name) for name in ("input_layernorm", str(family.norm_before_mlp))]
+    if any(scale.dtype != x.dtype for scale in scales):
+        return False
     names = QKV, "self_attn.o_proj", GATE_UP, "mlp.down_proj"
     if any(len(layer.parts(name)) > 1 for name in (QKV, GATE_UP)):
         return False
@@ -81,6 +84,7 @@ def through_layer(
     (B, D), dtype, scales = x.shape, x.dtype, layer.fused_qk_scales
     rows = _rows_at_once(B)
     template: list[tuple[str, Any]] = [("T", dtype), ("HEADS", H), ("KV", K), ("SIZE", d), ("ROWS", rows)]
+    template += [("SCALES", mx.float32 if scales is None else scales.dtype)]
     template += [("NORM", scales is not None), ("WINDOW", layer.spec.window or 0), ("WARPS", WARPS)]
     blocks = multiprocessors()
     out: mx.array

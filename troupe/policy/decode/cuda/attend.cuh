@@ -27,9 +27,10 @@ struct AttendShared {
     float mosts[WARPS][16], sums[WARPS][16], own_mosts[OWN], own_sums[OWN];
 };
 
-template <typename T>
+template <typename T, typename Scales>
 struct AttendInputs {
-    const T *qkv, *scales;              // (B, (H + 2·K)·d), (H + K, d)
+    const T* qkv;                       // (B, (H + 2·K)·d)
+    const Scales* scales;               // (H + K, d), of T or, where families add to what they hold, float32
     const float *cosines, *sines;       // (S, d/2)
     const T *prompt_keys, *prompt_values;  // (S, K, P, d)
     T* own;                             // (B, 2·K, N, d)
@@ -38,9 +39,10 @@ struct AttendInputs {
     int step, width, together, P, N;    // own tokens before this one; rows a prompt, and of these at once at most; places
 };
 
-template <typename T, typename O, int HEADS, int KV, int SIZE, bool NORM, int WINDOW, bool WHOLE, int WARPS>
+template <
+    typename T, typename O, int HEADS, int KV, int SIZE, bool NORM, int WINDOW, bool WHOLE, int WARPS, typename Scales>
 __device__ void attend_rows(
-    const AttendInputs<T>& in, int item, int part, int splits, AttendShared<T, HEADS / KV, SIZE, WARPS>& shared,
+    const AttendInputs<T, Scales>& in, int item, int part, int splits, AttendShared<T, HEADS / KV, SIZE, WARPS>& shared,
     O* out, float* parts) {
     constexpr int R = HEADS / KV, PIECES = SIZE / 8, KEY = SIZE / 32, VALUE = SIZE / 64, HALVES = SIZE / 64, TILES = SIZE / 8;
     constexpr unsigned ALL = 0xffffffff;

@@ -26,8 +26,8 @@ grid_sync(met, gridDim.x);
 prefetch_units<2>(D, sizeof(T), F / 4, turn, inside_row);
 prefetch_units<1>(F, sizeof(T), D / 8, turn, down_row);
 const int slots = prompt_keys_shape[0], width = rows / slots, together = int(constants[2]);
-const AttendInputs<T> given{
-    qkv, reinterpret_cast<const T*>(scales), cosines, sines, prompt_keys, prompt_values, const_cast<T*>(own), lengths,
+const AttendInputs<T, SCALES> given{
+    qkv, scales, cosines, sines, prompt_keys, prompt_values, const_cast<T*>(own), lengths,
     epsilon, constants[1] * 1.44269504f, step[0], width, together, prompt_keys_shape[2], own_shape[2]};
 const int items = slots * KV * ((width + together - 1) / together);
 for (int item = blockIdx.x; item < items; item += gridDim.x) {
