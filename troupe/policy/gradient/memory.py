@@ -88,7 +88,8 @@ def gradient_memory_bytes(
     `recompute` and `entropy_gradient` as for `completion_gradients`; `dtype` is that of the weights. `adds_up`: the
     gradients are added to float32 sums, which are counted too. `on_cpu`: attention writes its scores out and blocks of
     logits are small; elsewhere attention is one kernel, but with `writes_scores` its gradient is not, nor where it is
-    `deterministic` on an NVIDIA card. With an `adapter` nothing else is trained. The formula: at the head of this file.
+    `deterministic` on an NVIDIA card, unless a kernel of our own is there (`can_serve`). With an
+    `adapter` nothing else is trained. The formula: at the head of this file.
     """
     D, L, V, size = config.hidden_size, config.num_hidden_layers, config.vocab_size, dtype.size
     N, M = batch.tokens, batch.targets
