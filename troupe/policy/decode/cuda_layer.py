@@ -4,9 +4,11 @@ A launch costs the host 10 to 15 µs, so a step of some three hundred takes 4 ms
 of a grid, one for each multiprocessor, go through a layer together and wait for each other where one needs what others
 made (`cuda/layer.cu`). The weights that come next are fetched meanwhile.
 
-All blocks must be on the card at once, or those that wait would wait for ever. They are: there are no more than
-multiprocessors, and a card begins the blocks of one launch before those of the next, so kernels of other streams, which
-wait for nobody, at most delay them.
+All blocks must be on the card at once, or those that wait would wait for ever. There are no more than multiprocessors,
+so kernels of other streams, which wait for nobody, at most delay them. Of two such grids, of engines that decode in two
+threads at once, each could hold what the other needs, were it not that cards begin all blocks of one launch before
+those of the next. That is how they are known to work; NVIDIA promises it for cooperative launches alone, which MLX does
+not make. A run decodes in one thread a process.
 """
 
 from functools import cache
