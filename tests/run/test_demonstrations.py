@@ -74,6 +74,7 @@ def test_what_cannot_be_shown_is_refused(case: str) -> None:
     [
         ({"prompt_template": "{prompt}"}, r"lacks \{privileged_context\}"),
         ({"path": "x"}, "the policy teaches itself, and another teacher is named"),
+        ({"dtype": "bfloat16"}, "leave dtype out"),
         ({"update_rate": 1.5}, "update_rate"),
         ({"sync_steps": 0}, "sync_steps"),
         ({"coef": 0.0, "reward_coef": 0.0}, "nothing is learned from"),

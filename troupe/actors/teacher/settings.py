@@ -75,6 +75,11 @@ class TeacherConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
                 f"model_kind is {self.model_kind!r}, so that the policy teaches itself, and another teacher is named; "
                 "leave one of them out"
             )
+        if self.dtype is not None and self.model_kind is not None:
+            raise ValueError(
+                f"dtype is {self.dtype!r}, but the policy teaches itself (model_kind is {self.model_kind!r}), in its "
+                "own type; leave dtype out, or give model.dtype"
+            )
         for lacking in (one for one in (PROMPT, PRIVILEGED_CONTEXT) if one not in self.prompt_template):
             raise ValueError(f"prompt_template is {self.prompt_template!r}, which lacks {lacking}; put it in")
         if self.is_on and self.coef == 0.0 and self.reward_coef == 0.0:
