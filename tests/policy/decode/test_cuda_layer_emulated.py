@@ -6,11 +6,13 @@ import random
 from typing import NamedTuple
 
 import mlx.core as mx
+import msgspec
 import pytest
 
 from tests.support.emulated_cuda import EmulatedKernel
+from tests.support.families import family_configs, shaken_policy
 from troupe.policy import NetworkConfig, hidden_states, random_policy
-from troupe.policy.decode import cuda_kernels, cuda_layer
+from troupe.policy.decode import cuda_cache, cuda_kernels, cuda_layer
 from troupe.policy.decode.cache import DecodingCache, PromptCache
 from troupe.policy.decode.cuda_cache import CudaDecodingCache
 from troupe.policy.model import Policy
@@ -91,8 +93,11 @@ def decoded(
         mx.eval(hidden_states(policy.config, fused, ids, attention=prompt), prompt.keys, prompt.values)
         cache = kind(prompt, case.width, 100)
         states = []
-        for token in tokens:
-            states.append(cache.forward(policy.config, fused, token))
+        for t, token in enumerate(tokens):
+            if t == 7:  # one row of each prompt ends
+                kept = [row for row in range(rows) if row % case.width]
+                cache.select(list(range(len(case.lengths))), kept, case.width - 1)
+            states.append(cache.forward(policy.config, fused, token[: cache.width * len(case.lengths)]))
             mx.eval(states)
         found.append(states)
     return found
@@ -111,6 +116,37 @@ def test_hidden_states_are_those_of_the_plain_cache(case: Case, monkeypatch: pyt
     monkeypatch.setenv("EMULATED_SEED", "4")
     (again,) = decoded(case, policy, [CudaDecodingCache], 3)
     assert all(mx.array_equal(a, b).item() for a, b in zip(ours, again, strict=True)), "in any order of blocks"
+
+
+FAMILIES = {
+    name: msgspec.structs.replace(config, sliding_window=9) if config.has_windows else config
+    for name, config in family_configs(
+        vocab_size=64,
+        hidden_size=96,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=512,
+        initializer_range=0.02,
+    ).items()
+    if not config.sparse_layers and not config.delta_layers
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_has_the_kernel_or_the_plain_path(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With and without norms of queries and keys, biases, windows."""
+    monkeypatch.setattr(cuda_layer, "multiprocessors", lambda: 3)
+    monkeypatch.setattr(cuda_cache, "_WORTH_COMPILING", 1000)
+    policy = shaken_policy(FAMILIES[name], dtype="bfloat16")
+    plain, ours = decoded(CASES[0], policy, [DecodingCache, CudaDecodingCache], 12)
+    for a, b in zip(plain, ours, strict=True):
+        a, b = a.astype(mx.float32), b.astype(mx.float32)
+        assert mx.max(mx.abs(a - b)).item() < (4e-2 * mx.max(mx.abs(a))).item()  # type: ignore[operator]
+    by_kernel = name.startswith(("qwen3", "mistral")) or name == "llama"
+    assert bool(cuda_layer._kernel.cache_info().misses) == by_kernel
 
 
 def test_an_adapter_that_the_first_layer_has_nothing_of_counts(monkeypatch: pytest.MonkeyPatch) -> None:
