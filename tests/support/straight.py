@@ -17,6 +17,7 @@ from troupe.grpo import adamw_init, learning_rate, sync_reference, train_on_batc
 from troupe.messages import Prompt, RolloutGroup, ScoredGroup, Slot
 from troupe.policy import Policy, RolloutEngine, RolloutRequest, Weights, load_policy
 from troupe.policy.load import begin_policy
+from troupe.runtime import linux_cpu
 
 
 class Straight(NamedTuple):
@@ -76,7 +77,12 @@ class _Own:
 
 
 def run_straight(config: RunConfig, reward: Callable[..., list[float]]) -> Straight:
-    """A pinned run with one reward that wants `completion_ids` alone."""
+    """A pinned run with one reward that wants `completion_ids` alone, with the run's number of BLAS threads."""
+    with linux_cpu.blas_limited(config.schedule.blas_threads):
+        return _run_straight(config, reward)
+
+
+def _run_straight(config: RunConfig, reward: Callable[..., list[float]]) -> Straight:
     learner, generation = config.learner, config.generation
     policy, _ = begin_policy(config.model.path or "", config.model.dtype, config.adapter, config.seed)
     dataset = PromptDataset.from_json(config.data.path or "")

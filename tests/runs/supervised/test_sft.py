@@ -285,4 +285,4 @@ def test_memory_stays_below_what_was_planned(tmp_path: Path, mlx_waits: None, he
     of_others = mx.get_active_memory()  # of tests before this one in the process
     result = troupe.train(config)
     measured = max(column(result.folder, "peak_memory_gb")) * 1e9 - of_others
-    assert planned / 3 < measured <= planned
+    assert planned / 4 < measured <= planned
