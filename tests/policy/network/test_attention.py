@@ -73,7 +73,7 @@ def test_attention_in_blocks_is_that_of_the_definition(T: int, S: int, is_ragged
     o, normalizer = attention_in_blocks(q, k, v, SCALE, query_blocks(T, S, H // K, real))
     expected, log_total = by_definition(q, k, v, visible(T, S, real))
     np.testing.assert_allclose(np.array(o), expected, atol=2e-6 * size, rtol=1e-5)
-    np.testing.assert_allclose(np.array(normalizer), log_total, atol=1e-5, rtol=2e-6)
+    np.testing.assert_allclose(np.array(normalizer), log_total, atol=max(1e-5, 5e-7 * size), rtol=2e-6)
 
 
 @pytest.mark.parametrize("is_ragged", [False, True])
