@@ -172,7 +172,8 @@ def test_three_impatient_interrupts_leave_at_once_and_what_was_saved_is_whole(be
             run.send_signal(signal.SIGINT)
             time.sleep(0.02)
         code, _, complaint = ended(run)
-    assert code in (130, -signal.SIGINT), complaint  # by the signal itself, where Python is about to end anyway
+    # by the signal itself, where Python is about to end anyway; rarely by C++, which MLX's threads are still at work in
+    assert code in (130, -signal.SIGINT, -signal.SIGABRT), complaint
     assert "Traceback" not in complaint
     said("train", "run.toml", "-o", out, "--resume", cwd=bench)
     assert same_bits(policy_of(out), policy_of(whole))
