@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from troupe.policy.cuda import cuda_header
+
 _SOURCES = Path(__file__).with_name("cuda")
-_UNITS = Path(__file__).parents[1] / "cuda" / "units.cuh"
 _HEAD_SIZES = frozenset({64, 128, 256})
 _LARGEST_OF_BOTH = 128
 """Numbers of a head up to which a block has room for the cotangents of keys and of values."""
@@ -45,7 +46,7 @@ def _kernel(name: str, shared_bytes: int) -> Any:
         input_names=inputs,
         output_names=outputs,
         source=_source(name),
-        header=_UNITS.read_text(encoding="utf-8"),
+        header=cuda_header(),
         shared_memory=shared_bytes,
     )
 
