@@ -19,9 +19,9 @@ for (int i = lane; i < 16; i += 32) copy16_async(&narrow[i][0], b + 8 * i, i < r
 copies_commit();
 if (WAITS) copies_wait<0>();
 __syncthreads();
-unsigned r[4], q[2];
+unsigned r[4], q[4];
 load4<false>(r, &tile[lane % 8 + lane / 8 % 2 * 8][lane / 16 * 8]);
-load2<true>(q, &narrow[lane % 16][0]);
+load4<true>(q, &narrow[lane % 16][0]);
 float c[4] = {0.f, 0.f, 0.f, 0.f};
 multiply<T>(c, r, q[0], q[1]);
 for (int i = 0; i < 4; i++) out[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = c[i];
@@ -70,7 +70,7 @@ def test_a_barrier_that_not_all_reach_is_told() -> None:
 
 def test_the_card_has_every_function_that_its_twin_has() -> None:
     header = (Path(troupe.policy.__file__).parent / "cuda" / "units.cuh").read_text(encoding="utf-8")
-    for name in ("multiply", "load4", "load2", "turn_over", "copy16_async", "copies_commit", "copies_wait"):
+    for name in ("multiply", "load4", "turn_over", "copy16_async", "copies_commit", "copies_wait"):
         assert f" {name}(" in header
 
 

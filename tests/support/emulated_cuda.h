@@ -402,7 +402,6 @@ void load_matrices(unsigned* r, const void* row) {
 }
 }  // namespace emulated
 template <bool TRANS> void load4(unsigned (&r)[4], const void* row) { emulated::load_matrices<TRANS, 4>(r, row); }
-template <bool TRANS> void load2(unsigned (&r)[2], const void* row) { emulated::load_matrices<TRANS, 2>(r, row); }
 inline unsigned turn_over(unsigned x) {
     struct Slot { unsigned in, out; } mine{x, 0};
     emulated::with_warp(&mine, [](void** slots) {

@@ -19,7 +19,7 @@ __device__ __forceinline__ void multiply(float (&c)[4], const unsigned (&a)[4], 
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Four (or two) 8 × 8 matrices of 16-bit numbers from shared memory; lanes 8·i … 8·i + 7 name the rows of matrix i.
+// Four 8 × 8 matrices of 16-bit numbers from shared memory; lanes 8·i … 8·i + 7 name the rows of matrix i.
 template <bool TRANS>
 __device__ __forceinline__ void load4(unsigned (&r)[4], const void* row) {
     const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(row));
@@ -29,17 +29,6 @@ __device__ __forceinline__ void load4(unsigned (&r)[4], const void* row) {
     else
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                      : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
-}
-
-template <bool TRANS>
-__device__ __forceinline__ void load2(unsigned (&r)[2], const void* row) {
-    const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(row));
-    if constexpr (TRANS)
-        asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
-                     : "=r"(r[0]), "=r"(r[1]) : "r"(at) : "memory");
-    else
-        asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
-                     : "=r"(r[0]), "=r"(r[1]) : "r"(at) : "memory");
 }
 
 // An 8 × 8 matrix of 16-bit numbers turned over.
